@@ -1,0 +1,253 @@
+"""The interface of a fine-tuning method: a frozen dataclass of hyper-parameters with pure functions over small pytrees.
+
+A method describes *one* linear map of *one* layer: ``y = x @ W + delta(x)`` with a frozen kernel ``W: (in, out)``.
+Injection runs it inside a whole Flax model, merging maps it over the frozen parameters; neither knows it by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+class NotMergeable(ValueError):
+    """A method has no exact merge for what was asked; the message names what to do instead."""
+
+
+def kaiming_uniform(key: Array, fan_in: int, shape: tuple[int, ...]) -> Array:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), float32: Kaiming's uniform with a = sqrt(5)."""
+    bound = fan_in**-0.5
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One linear map of a model, known statically.
+
+    Attributes:
+        path: The module's path, joined by "/".
+        in_features: Size of the contracted axes together.
+        out_features: Size of the produced axes together.
+        num_layers: How many layers the leaves are stacked over.
+    """
+
+    path: str
+    in_features: int
+    out_features: int
+    num_layers: int = 1
+
+
+class Leaves(NamedTuple):
+    """A method's arrays for one layer of one site (or, stacked, for all its layers).
+
+    Attributes:
+        params: Trained and saved.
+        state: Saved, not differentiated; changed only by a rule or a loader.
+        constants: Rebuilt from seed and site, never saved.
+    """
+
+    params: dict[str, Array]
+    state: dict[str, Array] = {}
+    constants: dict[str, Array] = {}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A view of a frozen kernel of any rank as the matrix (in, out) that it is, or as a stack of them.
+
+    Attributes:
+        value: The array as the model stores it; axes before the kernel's own are layers.
+        in_axes: Its contracted axes, negative, in the order in which x is flattened.
+        out_axes: Its produced axes, negative.
+    """
+
+    value: Array
+    in_axes: tuple[int, ...] = (-2,)
+    out_axes: tuple[int, ...] = (-1,)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(in, out)."""
+        shape = self.value.shape
+        return math.prod(shape[a] for a in self.in_axes), math.prod(shape[a] for a in self.out_axes)
+
+    @property
+    def dtype(self) -> Any:
+        """The stored dtype."""
+        return self.value.dtype
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        ndim = self.value.ndim
+        own = self.in_axes + self.out_axes
+        return tuple(range(ndim - len(own))) + tuple(a + ndim for a in own)
+
+    def dense(self, dtype: Any = jnp.float32) -> Array:
+        """The kernel as a matrix of ``dtype``: (in, out), or (layers, in, out)."""
+        layers = self.value.shape[: self.value.ndim - len(self.in_axes + self.out_axes)]
+        return jnp.transpose(self.value, self._order).reshape(*layers, *self.shape).astype(dtype)
+
+    def column_norm(self) -> Array:
+        """L2 norm over ``in`` of each output: (out,) or (layers, out), float32."""
+        return jnp.sqrt(jnp.sum(jnp.square(self.dense()), axis=-2))
+
+    def replace(self, new: Array) -> Array:
+        """``new``, shaped like ``dense()``, in the stored layout and dtype (rounded once)."""
+        order = self._order
+        shape = tuple(self.value.shape[a] for a in order)
+        inverse = tuple(order.index(a) for a in range(len(order)))
+        return jnp.transpose(new.reshape(shape), inverse).astype(self.value.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class AdapterInputs:
+    """What a method may know of a batch beside x. Arrays are (B, S) int32; 0 means padding.
+
+    Attributes:
+        segment_ids: Which packed example a token belongs to, 0 for padding.
+        prompt_mask: 1 on prompt tokens.
+        task_ids: The task of each token, from 0.
+        positions: Positions that restart in each segment.
+        adapter_weights: Per-example weights of adapters.
+        rank: The drawn rank (DyLoRA).
+        noise_step: The optimiser step that noise is drawn for (HaLoRA).
+        key: Root key of this micro-batch; a site's own key is ``fold_in(key, site id)``.
+        auxiliary_scale: Balance losses enter the gradient times this; None switches them off.
+        deterministic: False while training with dropout.
+        num_tasks: How many tasks the statistics tell apart.
+    """
+
+    segment_ids: Array | None = None
+    prompt_mask: Array | None = None
+    task_ids: Array | None = None
+    positions: Array | None = None
+    adapter_weights: Array | None = None
+    rank: Array | None = None
+    noise_step: Array | None = None
+    key: Array | None = None
+    auxiliary_scale: Array | None = None
+    deterministic: bool = field(default=True, metadata={"static": True})
+    num_tasks: int = field(default=0, metadata={"static": True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A fine-tuning method. Subclasses are final and define ``init``, ``delta``, ``num_params`` and ``merge``."""
+
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    starts_at_zero: ClassVar[bool] = True
+    gate_lifetime: ClassVar[str] = "token"
+
+    dropout: float = 0.0  # probability of dropping an entry of x before the factors, while training
+
+    def __post_init__(self) -> None:
+        """Checks the fields that all methods share."""
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"{type(self).__name__}.dropout must be in [0, 1), got {self.dropout}")
+
+    def require_positive(self, *names: str) -> None:
+        """Raises ValueError naming the first of the fields ``names`` that is not positive."""
+        for name in names:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{type(self).__name__}.{name} must be positive, got {getattr(self, name)}")
+
+    @property
+    def gate_block(self) -> str | None:
+        """Regular expression of the module whose input decides the gate; None: the site itself."""
+        return None
+
+    @property
+    def num_gates(self) -> int:
+        """Experts that a gate weighs; 0 without a gate."""
+        return 0
+
+    @property
+    def routed(self) -> bool:
+        """Whether the gate depends on the input, so that no exact merge exists."""
+        return False
+
+    @property
+    def rule(self) -> str:
+        """One word for what happens while training beside the optimiser; "" for nothing."""
+        return ""
+
+    def init(self, key: Array, site: Site, layer: Array, kernel: Kernel) -> Leaves:
+        """Leaves of one layer, params float32. ``layer`` is an int32 scalar and may be traced."""
+        raise TypeError(f"{type(self).__name__} must define init")
+
+    def delta(
+        self,
+        leaves: Leaves,
+        x: Array,
+        base_output: Array,
+        kernel: Kernel,
+        gates: Array | None,
+        inputs: AdapterInputs,
+    ) -> Array:
+        """The change of the output, (..., out) in the dtype of ``base_output``.
+
+        Args:
+            leaves: One layer's leaves.
+            x: (..., in); or, for a method with an ``input_factor``, ``x @ input_factor`` in float32.
+            base_output: (..., out), the layer's output less its bias.
+            kernel: The frozen kernel.
+            gates: (..., N) float32, or None for a method without a gate.
+            inputs: What is known of the batch.
+        """
+        raise TypeError(f"{type(self).__name__} must define delta")
+
+    def num_params(self, site: Site) -> int:
+        """Trained parameters of a site over all its layers, gates at blocks apart."""
+        raise TypeError(f"{type(self).__name__} must define num_params")
+
+    def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
+        """The kernel with the adapter folded in, in the kernel's layout and dtype.
+
+        Raises:
+            NotMergeable: if the gate depends on the input and ``gates: (N,)`` is not given.
+        """
+        raise TypeError(f"{type(self).__name__} must define merge")
+
+    def input_factor(self, leaves: Leaves) -> Array | None:
+        """(in, k): everything that x is multiplied with, so that sites with one x can share one matmul."""
+        return None
+
+    def prepare(self, leaves: Leaves, kernel: Kernel) -> Leaves:
+        """Leaves with what needs computing only once a step; differentiable, and the identity on its own result.
+
+        Leaves and kernel may have leading layer axes: injection calls it outside the model's scan.
+        """
+        return leaves
+
+    def init_gate(self, key: Array, in_features: int) -> dict[str, Array]:
+        """Leaves of a gate that lives at a block; empty for gates at their sites."""
+        return {}
+
+    def num_gate_params(self, in_features: int) -> int:
+        """Parameters of one block's gate."""
+        return 0
+
+    def gate(self, leaves: Leaves, h: Array, inputs: AdapterInputs) -> Array | None:
+        """(..., N) float32 from ``h`` (at a site: what ``delta`` gets as x), or None without a gate."""
+        return None
+
+    def balance(self, gates: Array, mask: Array | None) -> Array | None:
+        """The balance loss of one gate, a float32 scalar already times its weight, or None."""
+        return None
+
+    def statistics(self, leaves: Leaves, x: Array, gates: Array | None, inputs: AdapterInputs) -> dict[str, Array]:
+        """Sums over the tokens of this call, float32, none 0-d; they leave the model by probe leaves."""
+        return {}
+
+    def logical_axes(self, site: Site) -> Mapping[str, tuple[str | None, ...]]:
+        """For each trained leaf of one layer which axis follows the kernel's "in" or "out" sharding."""
+        return {}

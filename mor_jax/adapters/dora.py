@@ -1,0 +1,90 @@
+"""DoRA (arXiv 2402.09353, eqs. 5 and 11; the authors' code): y = x (m * V / ||V||) with V = W + s a b.
+
+The norm runs over ``in`` for each output and is a constant in the backward pass (section 4.3). m starts at ||W||, so
+the model starts unchanged. The output changes by (m / ||V|| - 1) * base_output + (m / ||V||) * s (x a) b, and the norm
+comes from ||W||^2 + 2 s <W^T a, b> + s^2 b^T (a^T a) b, once a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, Site, kaiming_uniform
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoRA(Adapter):
+    """Weight-decomposed low-rank adaptation."""
+
+    name: ClassVar[str] = "dora"
+    title: ClassVar[str] = "DoRA"
+    paper: ClassVar[str] = "2402.09353"
+
+    rank: int = 8  # columns of a, rows of b
+    alpha: float = 16.0  # numerator of the scale s = alpha / rank
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the field that is out of range."""
+        super().__post_init__()
+        self.require_positive("rank", "alpha")
+
+    @property
+    def scale(self) -> float:
+        """s."""
+        return self.alpha / self.rank
+
+    def init(self, key: Array, site: Site, layer: Array, kernel: Kernel) -> Leaves:
+        """{"a": (in, rank), "b": (rank, out), "m": (out,)}, float32: a uniform, b 0, m the column norms of W."""
+        a = kaiming_uniform(key, site.in_features, (site.in_features, self.rank))
+        b = jnp.zeros((self.rank, site.out_features), jnp.float32)
+        return Leaves({"a": a, "b": b, "m": kernel.column_norm()})
+
+    def input_factor(self, leaves: Leaves) -> Array:
+        """a: (in, rank)."""
+        return leaves.params["a"]
+
+    def prepare(self, leaves: Leaves, kernel: Kernel) -> Leaves:
+        """Adds the direction's norm, (out,): ||W + s a b|| over ``in``, without forming the sum."""
+        if "norm" in leaves.constants:
+            return leaves
+        a, b = (jax.lax.stop_gradient(leaves.params[name]) for name in ("a", "b"))
+        cross = jnp.sum(jnp.einsum("...io,...ir->...ro", kernel.dense(), a) * b, axis=-2)
+        gram = jnp.sum(b * (jnp.swapaxes(a, -1, -2) @ a @ b), axis=-2)
+        squared = jnp.square(kernel.column_norm()) + 2 * self.scale * cross + self.scale**2 * gram
+        norm = jnp.sqrt(jnp.maximum(squared, jnp.finfo(jnp.float32).tiny))
+        return leaves._replace(constants={**leaves.constants, "norm": norm})
+
+    def delta(
+        self,
+        leaves: Leaves,
+        x: Array,
+        base_output: Array,
+        kernel: Kernel,
+        gates: Array | None,
+        inputs: AdapterInputs,
+    ) -> Array:
+        """(m / norm - 1) * base_output + (m / norm) * s (x a) b for x a: (..., rank), as (..., out)."""
+        leaves = self.prepare(leaves, kernel)
+        dtype = base_output.dtype
+        ratio = leaves.params["m"] / leaves.constants["norm"]
+        low_rank = x.astype(dtype) @ (leaves.params["b"] * (self.scale * ratio)).astype(dtype)
+        return (ratio - 1).astype(dtype) * base_output + low_rank
+
+    def num_params(self, site: Site) -> int:
+        """rank (in + out) + out a layer."""
+        return site.num_layers * (self.rank * (site.in_features + site.out_features) + site.out_features)
+
+    def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
+        """m V / ||V|| with V = W + s a b, exactly."""
+        direction = kernel.dense() + self.scale * leaves.params["a"] @ leaves.params["b"]
+        norm = jnp.sqrt(jnp.sum(jnp.square(direction), axis=0))
+        return kernel.replace(direction * (leaves.params["m"] / norm))
+
+    def logical_axes(self, site: Site) -> dict[str, tuple[str | None, ...]]:
+        """a follows the kernel's inputs, b and m its outputs."""
+        return {"a": ("in", None), "b": (None, "out"), "m": ("out",)}

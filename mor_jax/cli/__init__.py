@@ -1,0 +1,1 @@
+"""The command `mor`: one thin function per command, everything behind it is a Python function too."""

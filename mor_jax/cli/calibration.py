@@ -1,0 +1,70 @@
+"""Batches that approximate merges are fitted on, and others, of other examples, that they are judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mor_jax.cli.opening import LiveModel
+from mor_jax.data import DataError, Examples, build_row, load_examples, pack, parse_sources, stack_rows
+
+ROWS = 4  # of a batch
+Batches = list[dict[str, np.ndarray]]
+
+
+def merge_batches(live: LiveModel, tokenizer: Any, calibration: str, count: int) -> tuple[Batches, Batches]:
+    """(calibration batches, held-out batches), at most `count` of each, that share no example.
+
+    Args:
+      live: The run; its task names number the tasks.
+      tokenizer: Of its base.
+      calibration: `[TASK=]PATH[:WEIGHT]`; empty takes the run's training data. Where the run has `eval_data`, held-out
+        batches are of that; else the examples of the calibration file are dealt alternately to the two.
+      count: Batches of each.
+
+    Raises:
+      DataError: A record is not usable, or there are too few different examples.
+    """
+    assert live.train is not None
+    length, tasks = live.train.sequence_length, live.tasks or None
+    texts = (calibration,) if calibration else live.train.data
+    examples = load_examples(parse_sources(texts), tokenizer, length, tasks=tasks)
+    chosen = _different(examples)
+    if live.train.eval_data and not calibration:
+        held_out = load_examples(parse_sources(live.train.eval_data), tokenizer, length, tasks=tasks)
+        seen = {_content(examples, index) for index in chosen}
+        unseen = [index for index in _different(held_out) if _content(held_out, index) not in seen]
+        if unseen:
+            return _batches(examples, chosen, length, count), _batches(held_out, unseen, length, count)
+    if len(chosen) < 2:
+        raise DataError(f"{', '.join(texts)}: one example; merging needs one to fit on and another to be judged by")
+    return _batches(examples, chosen[::2], length, count), _batches(examples, chosen[1::2], length, count)
+
+
+def _content(examples: Examples, index: int) -> bytes:
+    return examples.tokens[examples.offsets[index] : examples.offsets[index + 1]].tobytes()
+
+
+def _different(examples: Examples) -> list[int]:
+    """Examples without repetitions, sources in turns, so that a few of them hold every task."""
+    first: dict[bytes, int] = {}
+    for index in range(len(examples)):
+        first.setdefault(_content(examples, index), index)
+    place: dict[int, int] = {}
+    ranked = []
+    for index in first.values():
+        source = int(examples.source_ids[index])
+        place[source] = place.get(source, 0) + 1
+        ranked.append((place[source] // 2, source, place[source], index))  # pairs, so that each half has every source
+    return [entry[-1] for entry in sorted(ranked)]
+
+
+def _batches(examples: Examples, members: Sequence[int], length: int, count: int) -> Batches:
+    """Packed rows of these examples in batches of one shape; empty rows fill the last."""
+    rows = pack(examples.lengths[list(members)], length)[: count * ROWS]
+    packed = [[members[item] for item in row] for row in rows]
+    packed += [[]] * (-len(packed) % ROWS)
+    built = [build_row(examples, np.array(row, np.int64), length) for row in packed]
+    return [stack_rows(built[start : start + ROWS]) for start in range(0, len(built), ROWS)]

@@ -1,0 +1,136 @@
+"""`mor eval`: perplexity, multiple choice and exact match on a file of held-out records."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from mor_jax.cli.flags import UsageError
+from mor_jax.cli.opening import LiveModel, end_ids, load_tokenizer, open_model
+from mor_jax.cli.options import EvalOptions
+from mor_jax.data import (
+    DataError,
+    DataSource,
+    Examples,
+    build_row,
+    encode_record,
+    load_examples,
+    parse_source,
+    read_records,
+    stack_rows,
+)
+from mor_jax.evaluation import ChoiceQuestion, GenerationQuestion, choice, exact_match, perplexity
+
+
+def evaluate_command(options: EvalOptions) -> dict[str, Any]:
+    """`metrics` (name -> figure), with the `task` and the `data` they belong to.
+
+    Raises:
+      UsageError: an option is out of range, or the task is not built yet.
+      DataError: a record is not usable for the task; names file and line.
+    """
+    if options.task == "classification":
+        raise UsageError("--task classification is not built yet; use perplexity, choice or generation")
+    for name in ("batch_size", "max_new_tokens"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    if options.sequence_length < 2:
+        raise UsageError(f"--sequence-length must be at least 2, got {options.sequence_length}")
+    source = parse_source(options.data)
+    model = open_model(options.model, options.dtype)
+    tokenizer = load_tokenizer(model.directory)
+    measure = {"perplexity": _perplexity, "choice": _choice, "generation": _generation}[options.task]
+    return {"metrics": measure(model, tokenizer, source, options), "task": options.task, "data": options.data}
+
+
+def _perplexity(model: LiveModel, tokenizer: Any, source: DataSource, options: EvalOptions) -> dict[str, float]:
+    examples = load_examples([source], tokenizer, options.sequence_length)
+    task = model.tasks.index(source.task) if source.task in model.tasks else 0
+    count = min(len(examples), options.limit or len(examples))
+    metrics = perplexity(model.logits_fn(), _example_batches(examples, count, task, options))
+    return metrics | {"examples": float(count), "truncated": float(examples.truncated)}
+
+
+def _example_batches(
+    examples: Examples, count: int, task: int, options: EvalOptions
+) -> Iterator[dict[str, np.ndarray]]:
+    """One example a row, in file order; the last batch is filled with empty rows."""
+    length = min(options.sequence_length, -(-int(examples.lengths[:count].max()) // 16) * 16)
+    for start in range(0, count, options.batch_size):
+        members = [[n] if n < count else [] for n in range(start, start + options.batch_size)]
+        batch = stack_rows([build_row(examples, np.array(each, np.int64), length) for each in members])
+        yield {**batch, "task_ids": np.full_like(batch["task_ids"], task)}
+
+
+def _records(source: DataSource, limit: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    return itertools.islice(read_records(source), limit or None)
+
+
+def _field(record: dict[str, Any], where: str, names: tuple[str, ...], kind: type | tuple[type, ...]) -> Any:
+    for name in names:
+        if isinstance(record.get(name), kind):
+            return record[name]
+    raise DataError(f"{where}: needs the field {' or '.join(names)}; has {', '.join(record) or 'none'}")
+
+
+def _choice(model: LiveModel, tokenizer: Any, source: DataSource, options: EvalOptions) -> dict[str, float]:
+    questions = [choice_question(record, tokenizer, where) for where, record in _records(source, options.limit)]
+    return choice(model.logits_fn(), questions, batch_size=options.batch_size, max_length=options.sequence_length)
+
+
+def choice_question(record: dict[str, Any], tokenizer: Any, where: str) -> ChoiceQuestion:
+    """The question in {"prompt": text, "options": [text, ...], "answer": index or text, "task": name (may be absent)}.
+
+    `question` and `choices` are taken for `prompt` and `options`. An option is tokenised by itself, as it is written.
+
+    Raises:
+      DataError: a field is missing, or the answer is not among the options.
+    """
+    prompt = _field(record, where, ("prompt", "question"), str)
+    texts = _field(record, where, ("options", "choices"), list)
+    answer = _field(record, where, ("answer",), (int, str))
+    if isinstance(answer, str):
+        if answer not in texts:
+            raise DataError(f"{where}: the answer {answer!r} is not among the options; give its index or its text")
+        answer = texts.index(answer)
+    encoded = [tuple(tokenizer(str(text), add_special_tokens=False)["input_ids"]) for text in texts]
+    try:
+        return ChoiceQuestion(
+            prompt=tuple(tokenizer(prompt)["input_ids"]),
+            options=tuple(encoded),
+            answer=answer,
+            task=str(record.get("task", "default")),
+        )
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def _generation(model: LiveModel, tokenizer: Any, source: DataSource, options: EvalOptions) -> dict[str, float]:
+    questions = [generation_question(record, tokenizer, where) for where, record in _records(source, options.limit)]
+    ends = end_ids(model.directory, tokenizer)
+    pad = ends[0] if ends else 0
+    run = model.generate_fn(ends, pad, max_new_tokens=options.max_new_tokens)
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
+    metrics, _ = exact_match(run, questions, decode, eos_ids=ends, batch_size=options.batch_size, pad_id=pad)
+    return metrics
+
+
+def generation_question(record: dict[str, Any], tokenizer: Any, where: str) -> GenerationQuestion:
+    """The prompt of a record as training tokenises it, and the text of its first answer.
+
+    Raises:
+      DataError: the record has no prompt and answer.
+    """
+    encoded = encode_record(record, tokenizer, where)
+    if encoded.prompt_length < 1:
+        raise DataError(f"{where}: generation needs a prompt and an answer; use prompt + completion or messages")
+    answer = encoded.tokens[encoded.prompt_length :].tolist()
+    return GenerationQuestion(
+        prompt=tuple(encoded.tokens[: encoded.prompt_length].tolist()),
+        reference=tokenizer.decode(answer, skip_special_tokens=True),
+        task=str(record.get("task", "default")),
+    )

@@ -1,0 +1,62 @@
+"""`mor generate`: one prompt, one continuation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from mor_jax.cli.flags import UsageError
+from mor_jax.cli.opening import end_ids, load_tokenizer, open_model
+from mor_jax.cli.options import GenerateOptions
+
+
+def prompt_tokens(options: GenerateOptions, tokenizer: Any) -> list[int]:
+    """The prompt in tokens, as a user's message of the chat template with `chat`.
+
+    Raises:
+      UsageError: the prompt is empty, or the tokenizer has no chat template.
+    """
+    if not options.chat:
+        tokens = tokenizer(options.prompt)["input_ids"]
+    elif tokenizer.chat_template is None:
+        raise UsageError(f"--chat: the tokenizer of {options.model} has no chat template; leave --chat out")
+    else:
+        message = [{"role": "user", "content": options.prompt}]
+        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not tokens:
+        raise UsageError("--prompt is empty and the tokenizer adds no start token; give some text")
+    return list(tokens)
+
+
+def generate_command(options: GenerateOptions) -> dict[str, Any]:
+    """`text` (what was written after the prompt) and `tokens` (how many new ones, the end token included).
+
+    Raises:
+      UsageError: an option is out of range.
+    """
+    if options.max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
+    if options.temperature <= 0:
+        raise UsageError(
+            f"--temperature must be above 0, got {options.temperature}; use --greedy for the likeliest token"
+        )
+    if not 0 < options.top_p <= 1:
+        raise UsageError(f"--top-p must be in (0, 1], got {options.top_p}")
+    model = open_model(options.model, options.dtype)
+    tokenizer = load_tokenizer(model.directory)
+    prompt = prompt_tokens(options, tokenizer)
+    ends = end_ids(model.directory, tokenizer)
+    run = model.generate_fn(
+        ends,
+        pad_id=ends[0] if ends else 0,
+        max_new_tokens=options.max_new_tokens,
+        temperature=0.0 if options.greedy else options.temperature,
+        top_p=options.top_p,
+        key=jax.random.key(options.seed),
+    )
+    new = run(np.array([prompt], np.int32), np.ones((1, len(prompt)), np.int32))[0].tolist()
+    stop = next((place for place, token in enumerate(new, 1) if token in ends), len(new))
+    return {"text": tokenizer.decode(new[:stop], skip_special_tokens=True), "tokens": stop}

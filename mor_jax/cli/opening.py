@@ -1,0 +1,166 @@
+"""Opening what a command is pointed at: a Hugging Face directory, or the run folder of `mor train` with its adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mor_jax.adapters import AdapterInputs, Leaves
+from mor_jax.cli.flags import UsageError
+from mor_jax.injection import Adapted, AdapterPlan
+from mor_jax.models import Decoder, DecoderConfig
+from mor_jax.models.generation import CachedForward, generate
+from mor_jax.models.hf import load_params, read_config
+from mor_jax.training.config import TrainConfig, load_config
+
+
+@dataclass(frozen=True)
+class LiveModel:
+    """A model in memory, ready to be asked.
+
+    Attributes:
+      directory: The Hugging Face directory of the (frozen) model.
+      config: Its shape.
+      params: Its parameters.
+      run: The run folder, or None for a plain directory.
+      train: What the run was trained with.
+      plan: Where its adapters sit.
+      leaves: Their arrays.
+      metadata: What `adapter.json` says beside them.
+    """
+
+    directory: Path
+    config: DecoderConfig
+    params: dict
+    run: Path | None = None
+    train: TrainConfig | None = None
+    plan: AdapterPlan | None = None
+    leaves: Leaves | None = None
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def module(self) -> nn.Module:
+        """The decoder, with its adapters where there are some."""
+        decoder = Decoder(self.config)
+        return decoder if self.plan is None else Adapted(base=decoder, plan=self.plan)
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What `module.apply` takes."""
+        if self.leaves is None:
+            return {"params": self.params}
+        own = {"adapters": self.leaves.params, "adapter_state": self.leaves.state}
+        return {"params": self.params, **own, "adapter_constants": self.leaves.constants}
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of the tasks that the adapter was trained on, in the order of their ids."""
+        return tuple(self.metadata.get("tasks", ()))
+
+    def logits_fn(self) -> Callable[[Mapping[str, np.ndarray]], jax.Array]:
+        """Batch -> next-token logits (B, S, V), compiled once for each shape."""
+        module, adapted = self.module, self.plan is not None
+
+        @jax.jit
+        def run(variables: dict, batch: dict) -> jax.Array:
+            extra = {"adapter_inputs": adapter_inputs(batch)} if adapted else {}
+            return module.apply(variables, batch["input_ids"], batch["positions"], batch["segment_ids"], **extra)
+
+        variables = self.variables
+        return lambda batch: run(variables, {name: jnp.asarray(array) for name, array in batch.items()})
+
+    def generate_fn(self, eos_ids: tuple[int, ...], pad_id: int, **options: Any) -> Callable[..., np.ndarray]:
+        """(prompts (B, S) left-padded, mask (B, S)) -> new tokens (B, T); `options` are those of `generate`."""
+        from mor_jax.models import init_cache
+
+        apply_fn, variables = CachedForward(self.module), self.variables
+
+        def run(prompts: np.ndarray, mask: np.ndarray) -> np.ndarray:
+            rows, length = prompts.shape
+            cache = init_cache(self.config, rows, length + options["max_new_tokens"])
+            tokens = jnp.asarray(prompts), jnp.asarray(mask)
+            return np.asarray(generate(apply_fn, variables, cache, *tokens, eos_ids=eos_ids, pad_id=pad_id, **options))
+
+        return run
+
+
+def adapter_inputs(batch: Mapping[str, Any]) -> AdapterInputs:
+    """What methods may know of a batch: its segments, prompts, tasks and positions."""
+    names = ("segment_ids", "prompt_mask", "task_ids", "positions")
+    return AdapterInputs(**{name: batch[name] for name in names})
+
+
+def open_model(path: str | Path, dtype: str | None = None) -> LiveModel:
+    """The model at a path.
+
+    Args:
+      path: a Hugging Face directory, or the run folder of a finished `mor train`.
+      dtype: of the computation; None takes the run's own, or float32.
+
+    Raises:
+      UsageError: there is nothing to open at the path, or the run has no adapter yet.
+      ModelFileError, ConfigError: a file is not as it should be.
+      IntegrityError: the adapter fails its checksums.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UsageError(f"{path}: no such folder; give a Hugging Face directory or the run folder of `mor train`")
+    if (path / "config.yaml").is_file():
+        return open_run(path, dtype)
+    config = dataclasses.replace(read_config(path), dtype=dtype or "float32", param_dtype=dtype or "float32")
+    return LiveModel(directory=path, config=config, params=load_params(path, config))
+
+
+def open_run(path: str | Path, dtype: str | None = None) -> LiveModel:
+    """The base of a run with its trained adapter; raises as `open_model`."""
+    from mor_jax.training.adapter_file import load_adapter
+
+    run = Path(path)
+    if not (run / "config.yaml").is_file():
+        raise UsageError(f"{run}: no config.yaml in it; give the run folder of `mor train`")
+    if not (run / "adapter").is_dir():
+        raise UsageError(f"{run}: has no adapter/ yet; finish the run with `mor train {run}/config.yaml --resume`")
+    train = load_config(run / "config.yaml")
+    stored = train.param_dtype or train.dtype  # as it was trained on, whatever it is computed in now
+    config = read_config(train.model)
+    config = dataclasses.replace(config, dtype=dtype or train.dtype, param_dtype=stored, scan_layers=train.scan_layers)
+    params = load_params(train.model, config)
+    example = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    plan, leaves, metadata = load_adapter(run / "adapter", Decoder(config), params, example)
+    return LiveModel(Path(train.model), config, params, run, train, plan, leaves, metadata)
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer in a model's directory; no code of the directory is run.
+
+    Raises:
+      UsageError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{directory}: no readable tokenizer ({reason}); copy its tokenizer files there") from error
+
+
+def end_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end a text: those of `generation_config.json`, else the tokenizer's own."""
+    from mor_jax.models.hf_config import read_json
+
+    named: Any = None
+    for name in ("generation_config.json", "config.json"):
+        if named is None and (directory / name).is_file():
+            named = read_json(directory / name).get("eos_token_id")
+    found = named if isinstance(named, list) else [named]
+    ids = {*found, tokenizer.eos_token_id} - {None}
+    return tuple(sorted(int(token) for token in ids))

@@ -1,0 +1,96 @@
+"""What each command can be told, one frozen dataclass a command; `mor train` has `training.config.TrainConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """Options of `mor demo`."""
+
+    output_dir: str = "mor_demo"  # folder of everything that the demo writes
+    seed: int = 0  # of data order and initial adapters
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Options of `mor eval`."""
+
+    model: str  # Hugging Face directory, or the run folder of `mor train`
+    data: str  # records: text, prompt + completion, messages; for choice: prompt, options, answer
+    task: Literal["perplexity", "choice", "classification", "generation"] = "perplexity"  # what is measured
+    batch_size: int = 4  # rows at once
+    sequence_length: int = 512  # longest row in tokens
+    max_new_tokens: int = 64  # generation only
+    limit: int = 0  # records that are read; 0 reads all
+    dtype: Literal["float32", "bfloat16"] | None = None  # of the computation; the run's own, or float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """Options of `mor generate`."""
+
+    model: str  # Hugging Face directory, or the run folder of `mor train`
+    prompt: str  # what the text goes on from
+    max_new_tokens: int = 64  # it may end earlier, at the model's end token
+    greedy: bool = False  # the likeliest token each time; else sampling
+    temperature: float = 1.0  # of sampling
+    top_p: float = 1.0  # sampling keeps the likeliest tokens of this total probability
+    chat: bool = False  # the prompt is a user's message for the tokenizer's chat template
+    seed: int = 0  # of sampling
+    dtype: Literal["float32", "bfloat16"] | None = None  # of the computation; the run's own, or float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """Options of `mor merge`."""
+
+    run: str  # run folder of `mor train`
+    output_dir: str  # Hugging Face directory to be made
+    gates: str = ""  # least_squares, mean, distill or task:NAME; only for methods whose gates read the input
+    calibration: str = ""  # records that approximations are fitted on; empty takes the run's training data
+    batches: int = 8  # calibration batches, and as many to measure fidelity on
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Options of `mor export`."""
+
+    run: str  # run folder of `mor train`
+    output_dir: str  # folder to be made
+    format: Literal["hf", "peft", "safetensors"] = "hf"  # merged model, PEFT adapter, or our adapter alone
+    verify: bool = False  # compare the logits of what was written with the live model's
+    gates: str = ""  # as in `mor merge`
+    calibration: str = ""  # as in `mor merge`
+    batches: int = 8  # as in `mor merge`
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """Options of `mor inspect`."""
+
+    model: str  # Hugging Face directory; a lone config.json is enough
+    method: str = "mor"  # name in the registry of adapters
+    rank: int = 8
+    alpha: float | None = None
+    num_experts: int | None = None
+    top_k: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)  # further options of the method, by name
+    targets: tuple[str, ...] = ("all-linear",)  # names, or regular expressions over paths
+    overrides: dict[str, Any] = field(default_factory=dict)  # {path pattern: {option: value}}
+    trained_modules: tuple[str, ...] = ()  # base modules trained whole
+    scan_layers: bool = True  # one stacked entry for all layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodsOptions:
+    """Options of `mor methods`: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """Options of `mor verify`."""
+
+    path: str  # a checkpoint, adapter or export; or a folder that holds some

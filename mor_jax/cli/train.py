@@ -1,0 +1,40 @@
+"""`mor train`: a configuration file with flags laid over it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mor_jax.training.config import ConfigError, TrainConfig, config_from_mapping, config_to_mapping, load_config
+
+
+def train_config(path: str | None, given: Mapping[str, Any]) -> TrainConfig:
+    """The configuration file at `path` with the given flags laid over it.
+
+    A `.yaml` at the end of `--data` is the file: no data has that ending, and a list of paths takes what follows it.
+
+    Raises:
+      ConfigError: a field is wrong, or `model` or `data` is missing.
+    """
+    given = dict(given)
+    data = list(given.get("data", ()))
+    if path is None and len(data) > 1 and data[-1].endswith((".yaml", ".yml")):
+        path, given["data"] = data[-1], data[:-1]
+    fields = config_to_mapping(load_config(path)) if path else {}
+    config = config_from_mapping(fields | given, "command line")
+    for name, remedy in (("model", "a Hugging Face directory"), ("data", "at least one file of records")):
+        if not getattr(config, name):
+            raise ConfigError(f"--{name} is missing: give {remedy}")
+    return config
+
+
+def train_command(path: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Trains; returns `steps`, `loss`, `trainable_parameters`, `tokens_per_second` and what `train` adds.
+
+    Raises:
+      ConfigError, DataError, ModelFileError, InjectionError: bad input; nothing has been written.
+    """
+    config = train_config(path, given)
+    from mor_jax.training.loop import train  # after the checks: a wrong field need not wait for jax
+
+    return train(config)

@@ -1,0 +1,35 @@
+"""Files and datasets to packed, resumable batches."""
+
+from mor_jax.data.examples import OVERLONG, Examples, SourceCounts, load_examples
+from mor_jax.data.iterator import BATCH_FIELDS, Batch, BatchIterator, build_row, make_iterator, single_pass, stack_rows
+from mor_jax.data.packing import MODES, EpochRows, PackingPlan, make_plan, pack
+from mor_jax.data.records import Encoded, assistant_spans, encode_messages, encode_record
+from mor_jax.data.sources import DataError, DataSource, parse_source, parse_sources, read_records
+
+__all__ = [
+    "BATCH_FIELDS",
+    "MODES",
+    "OVERLONG",
+    "Batch",
+    "BatchIterator",
+    "DataError",
+    "DataSource",
+    "Encoded",
+    "EpochRows",
+    "Examples",
+    "PackingPlan",
+    "SourceCounts",
+    "assistant_spans",
+    "build_row",
+    "encode_messages",
+    "encode_record",
+    "load_examples",
+    "make_iterator",
+    "make_plan",
+    "pack",
+    "parse_source",
+    "parse_sources",
+    "read_records",
+    "single_pass",
+    "stack_rows",
+]

@@ -1,0 +1,16 @@
+"""Held-out measures: perplexity, multiple choice by likelihood, exact match of generated text."""
+
+from mor_jax.evaluation.choice import ChoiceQuestion, choice, choice_batches
+from mor_jax.evaluation.generation import GenerationQuestion, exact_match, left_padded
+from mor_jax.evaluation.perplexity import perplexity, target_log_likelihood
+
+__all__ = [
+    "ChoiceQuestion",
+    "GenerationQuestion",
+    "choice",
+    "choice_batches",
+    "exact_match",
+    "left_padded",
+    "perplexity",
+    "target_log_likelihood",
+]

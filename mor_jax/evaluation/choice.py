@@ -1,0 +1,135 @@
+"""Multiple choice by log-likelihood: the option that the model finds likeliest after the prompt is its answer.
+
+Two readings are reported, as evaluation harnesses do: by the sum of the option's token log-probabilities (`accuracy`),
+and by their mean, which does not punish long options (`accuracy_normalized`).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+
+from mor_jax.evaluation.perplexity import LogitsFn, target_log_likelihood
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceQuestion:
+    """One question: prompt tokens, the tokens of every option, and which option is right."""
+
+    prompt: tuple[int, ...]  # at least one token
+    options: tuple[tuple[int, ...], ...]  # at least one token each
+    answer: int  # index into options
+    task: str = "default"  # figures are reported by task too
+
+    def __post_init__(self):
+        if not self.prompt:
+            raise ValueError("ChoiceQuestion.prompt is empty; begin it with the tokenizer's start token")
+        if not self.options or not all(self.options):
+            raise ValueError(f"ChoiceQuestion.options needs options of at least one token each, got {self.options}")
+        if not 0 <= self.answer < len(self.options):
+            raise ValueError(f"ChoiceQuestion.answer is {self.answer}, but there are {len(self.options)} options")
+
+
+def _choice_rows(questions: Sequence[ChoiceQuestion], max_length: int) -> list[tuple[list[int], int]]:
+    """(tokens, tokens of the option) for each option of each question; a long prompt loses its beginning."""
+    rows = []
+    for index, question in enumerate(questions):
+        for option in question.options:
+            if len(option) >= max_length:
+                raise ValueError(f"question {index}: an option has {len(option)} tokens, max_length is {max_length}")
+            tokens = (*question.prompt, *option)[-max_length:]
+            rows.append((list(tokens), len(option)))
+    return rows
+
+
+def choice_batches(
+    questions: Sequence[ChoiceQuestion], batch_size: int = 8, max_length: int = 512, pad_id: int = 0
+) -> Iterator[dict[str, np.ndarray]]:
+    """Right-padded batches, one row per option in order, all of one shape; the last batch is filled with empty rows.
+
+    Args:
+      questions: The questions.
+      batch_size: Rows of a batch.
+      max_length: Longest row; a longer one loses the beginning of its prompt.
+      pad_id: Token in padding.
+
+    Yields:
+      int32 arrays (batch_size, S): input_ids, targets, loss_mask (1 on the option's tokens), segment_ids, positions,
+      task_ids, prompt_mask.
+
+    Raises:
+      ValueError: When an option alone is longer than `max_length` - 1 tokens.
+    """
+    rows = _choice_rows(questions, max_length)
+    length = min(max_length, -(-max((len(tokens) for tokens, _ in rows), default=1) // 16) * 16)
+    names = ("input_ids", "targets", "loss_mask", "segment_ids", "positions", "task_ids", "prompt_mask")
+    for start in range(0, len(rows), batch_size):
+        batch = {name: np.zeros((batch_size, length), np.int32) for name in names}
+        batch["input_ids"][:] = pad_id
+        batch["targets"][:] = pad_id
+        for row, (tokens, option_length) in enumerate(rows[start : start + batch_size]):
+            size = len(tokens)
+            batch["input_ids"][row, :size] = tokens
+            batch["targets"][row, : size - 1] = tokens[1:]
+            batch["loss_mask"][row, size - 1 - option_length : size - 1] = 1
+            batch["segment_ids"][row, :size] = 1
+            batch["positions"][row, :size] = np.arange(size)
+            batch["prompt_mask"][row, : size - option_length] = 1
+        yield batch
+
+
+def choice(
+    logits_fn: LogitsFn,
+    questions: Sequence[ChoiceQuestion],
+    *,
+    batch_size: int = 8,
+    max_length: int = 512,
+    pad_id: int = 0,
+) -> dict[str, float]:
+    """Accuracy of the likeliest option; ties go to the earlier option.
+
+    Args:
+      logits_fn: Batch -> next-token logits (B, S, V).
+      questions: What to ask.
+      batch_size: Options scored at once.
+      max_length: Longest prompt + option in tokens.
+      pad_id: Token in padding.
+
+    Returns:
+      `accuracy` (by sum), `accuracy_normalized` (by mean over the option's tokens), `questions`, and `accuracy/TASK`
+      for every task when there is more than one.
+
+    Raises:
+      ValueError: When there are no questions, or an option does not fit.
+    """
+    if not questions:
+        raise ValueError("choice needs at least one question")
+    sums, counts = [], []
+    for batch in choice_batches(questions, batch_size, max_length, pad_id):
+        likelihood, count = target_log_likelihood(
+            logits_fn(batch), jnp.asarray(batch["targets"]), jnp.asarray(batch["loss_mask"]), per_row=True
+        )
+        sums.append(np.asarray(likelihood, np.float64))
+        counts.append(np.asarray(count, np.float64))
+    sums, counts = np.concatenate(sums), np.concatenate(counts)
+    right: dict[str, list[bool]] = {}
+    normalized, row = [], 0
+    for question in questions:
+        span = slice(row, row + len(question.options))
+        row = span.stop
+        right.setdefault(question.task, []).append(int(np.argmax(sums[span])) == question.answer)
+        normalized.append(int(np.argmax(sums[span] / counts[span])) == question.answer)
+    return {
+        "accuracy": float(np.mean(sum(right.values(), []))),
+        "accuracy_normalized": float(np.mean(normalized)),
+        "questions": float(len(questions)),
+        **by_task(right),
+    }
+
+
+def by_task(right: dict[str, list[bool]]) -> dict[str, float]:
+    """`accuracy/TASK` for every task when there is more than one, else nothing."""
+    if len(right) < 2:
+        return {}
+    return {f"accuracy/{task}": float(np.mean(values)) for task, values in sorted(right.items())}

@@ -1,0 +1,41 @@
+"""Adapters inside any Flax model: finding sites, joining trees, running the methods."""
+
+from mor_jax.injection.adapted import Adapted
+from mor_jax.injection.leaves import (
+    adapter_specs,
+    count_bytes,
+    gate_shape,
+    init_leaves,
+    init_probes,
+    join,
+    over_layers,
+    prepare_leaves,
+    replace_site_kernels,
+    site_kernels,
+)
+from mor_jax.injection.linear import DEFAULT_KINDS, Contraction, LinearKind
+from mor_jax.injection.plan import AdaptedSite, AdapterPlan, get_path, resolve_sites
+from mor_jax.injection.targets import ALL_LINEAR, InjectionError
+
+__all__ = [
+    "ALL_LINEAR",
+    "DEFAULT_KINDS",
+    "Adapted",
+    "AdaptedSite",
+    "AdapterPlan",
+    "Contraction",
+    "InjectionError",
+    "LinearKind",
+    "adapter_specs",
+    "count_bytes",
+    "gate_shape",
+    "get_path",
+    "init_leaves",
+    "init_probes",
+    "join",
+    "over_layers",
+    "prepare_leaves",
+    "replace_site_kernels",
+    "resolve_sites",
+    "site_kernels",
+]

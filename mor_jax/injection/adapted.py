@@ -1,0 +1,254 @@
+"""A Flax module around any Flax module: the same call, plus an adapter at every site of the plan.
+
+The base runs under ``nn.intercept_methods``. Interception is not part of jit's cache key, so the context is opened
+inside ``apply``, hence inside whatever is traced. Statistics leave the model as the gradients of zero probe leaves, and
+balance losses enter it as gradients, because collections of our own would be dropped by scans that do not list them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+from jax import Array
+
+from mor_jax.adapters import Adapter, AdapterInputs, Kernel, Leaves
+from mor_jax.injection.leaves import RESERVED, init_leaves, join, prepare_leaves, site_id
+from mor_jax.injection.linear import Contraction, find_kind
+from mor_jax.injection.plan import AdaptedSite, AdapterPlan, resolve_sites
+from mor_jax.injection.targets import InjectionError
+
+
+@jax.custom_vjp
+def emit(carrier: Array, probes: Any, statistics: Any) -> Array:
+    """``carrier`` unchanged; the gradient of ``probes`` is ``statistics``."""
+    return carrier
+
+
+emit.defvjp(
+    lambda carrier, probes, statistics: (carrier, statistics),
+    lambda statistics, g: (g, statistics, jax.tree.map(jnp.zeros_like, statistics)),
+)
+
+
+@jax.custom_vjp
+def add_gradient(carrier: Array, gradient: Array) -> Array:
+    """``carrier`` unchanged; its gradient grows by ``gradient``."""
+    return carrier
+
+
+add_gradient.defvjp(lambda carrier, gradient: (carrier, gradient), lambda gradient, g: (g + gradient, None))
+
+
+@dataclass
+class _Call:
+    """What one traced run of the base keeps: open block gates and the last shared matmul of each group."""
+
+    plan: AdapterPlan
+    inputs: AdapterInputs
+    visited: set[str] = field(default_factory=set)
+    gates: list[tuple[str, Array]] = field(default_factory=list)
+    shared: dict[tuple[str, ...], tuple[Array, dict[str, Array]]] = field(default_factory=dict)
+    capture: Callable[[str, Array, Array], None] | None = None
+
+    def intercept(self, next_fun, args, kwargs, context):
+        module = context.module
+        if context.method_name != "__call__":
+            return next_fun(*args, **kwargs)
+        path = "/".join(module.path)
+        if path in self.plan.gates and module.has_variable("params", RESERVED):
+            return self._run_block(path, module, next_fun, args, kwargs)
+        output = next_fun(*args, **kwargs)
+        if path not in self.plan.paths or find_kind(module, self.plan.kinds) is None:
+            return output
+        self.visited.add(path)
+        return self._adapt(self.plan[path], module, args[0], output)
+
+    def _run_block(self, path: str, module: nn.Module, next_fun, args, kwargs):
+        bundle = module.get_variable("params", RESERVED)
+        leaves = Leaves(bundle["params"])
+        adapted = self.plan.gates[path]
+        gates = adapted.adapter.gate(leaves, args[0], self.inputs)
+        self.gates.append((path, self._watch(adapted.adapter, leaves, args[0], gates, bundle["probes"])))
+        try:
+            return next_fun(*args, **kwargs)
+        finally:
+            self.gates.pop()
+
+    def _watch(self, method: Adapter, leaves: Leaves, h: Array, gates: Any, probes: Mapping[str, Array]) -> Array:
+        """Gates that carry the balance loss's gradient and the router's statistics."""
+        inputs = self.inputs
+        mask = None if inputs.segment_ids is None else inputs.segment_ids > 0
+        statistics = method.statistics(leaves, h, gates, inputs) if probes else {}
+        balance = method.balance(gates, mask)
+        if balance is not None:
+            if inputs.auxiliary_scale is not None:
+                gradient = jax.grad(lambda g: method.balance(g, mask))(jax.lax.stop_gradient(gates))
+                gates = add_gradient(gates, gradient * (inputs.auxiliary_scale / self.plan.num_gate_sites))
+            statistics["balance"] = jax.lax.stop_gradient(balance)[None]
+        return emit(gates, dict(probes), {name: statistics[name] for name in probes}) if probes else gates
+
+    def _factored(self, adapted: AdaptedSite, module: nn.Module, leaves: Leaves, x: Array) -> Array:
+        """X times the site's input factor in float32, shared with the siblings that read the identical x."""
+        factor = adapted.adapter.input_factor(leaves)
+        if factor is None:
+            return x
+        kept = self.shared.get(adapted.group)
+        if adapted.group and kept is not None and kept[0] is x and adapted.site.path in kept[1]:
+            return kept[1][adapted.site.path]
+        if not adapted.group or not isinstance(module.parent, nn.Module):
+            return jnp.matmul(x, factor.astype(x.dtype), preferred_element_type=jnp.float32)
+        factors = {}
+        for path in adapted.group:
+            bundle = module.parent.variables["params"][path.rsplit("/", 1)[-1]][RESERVED]
+            part = self.plan[path].adapter.input_factor(_leaves_of(bundle))
+            if part is not None:
+                factors[path] = part.astype(x.dtype)
+        product = jnp.matmul(x, jnp.concatenate(list(factors.values()), 1), preferred_element_type=jnp.float32)
+        parts, start = {}, 0
+        for path, part in factors.items():
+            parts[path] = product[..., start : start + part.shape[1]]
+            start += part.shape[1]
+        self.shared[adapted.group] = (x, parts)
+        return parts[adapted.site.path]
+
+    def _adapt(self, adapted: AdaptedSite, module: nn.Module, argument: Array, output: Array) -> Array:
+        kind = find_kind(module, self.plan.kinds)
+        assert kind is not None
+        bundle = module.get_variable("params", RESERVED)
+        leaves, method, inputs = _leaves_of(bundle), adapted.adapter, self.inputs
+        value = meta.unbox(module.get_variable("params", kind.kernel_leaf))
+        contraction = kind.contraction(module, argument, value.shape)
+        if inputs.key is not None:
+            key = jax.random.fold_in(inputs.key, site_id(adapted.site.path))
+            inputs = _with_key(inputs, jax.random.fold_in(key, bundle["layer"][0]))
+        x = argument  # the identical array, so that siblings can recognise it
+        if method.dropout and not inputs.deterministic:
+            x = _drop(x, method.dropout, inputs.key, adapted.site.path)
+        factored = self._project(adapted, module, leaves, x, contraction, output.dtype)
+        if self.gates and adapted.gate_path == self.gates[-1][0]:
+            gates = self.gates[-1][1]
+        else:
+            gates = method.gate(leaves, factored, inputs)
+            if gates is not None and adapted.gate_path is None:
+                gates = self._watch(method, leaves, factored, gates, bundle["probes"])
+        kept = factored.shape[:-1]
+        base = output
+        if module.has_variable("params", kind.bias_leaf):
+            base = output - meta.unbox(module.get_variable("params", kind.bias_leaf)).astype(output.dtype)
+        base = contraction.flatten_output(base, kept)
+        kernel = Kernel(value, adapted.in_axes, adapted.out_axes)
+        delta = method.delta(leaves, factored, base, kernel, gates, inputs)
+        if self.capture is not None:
+            self.capture(adapted.site.path, contraction.flatten_input(argument), delta)
+        return output + contraction.restore_output(delta, output)
+
+    def _project(self, adapted, module, leaves: Leaves, x: Array, contraction: Contraction, dtype) -> Array:
+        if contraction.x_axes != (-1,):
+            return self._factored(_ungrouped(adapted), module, leaves, contraction.flatten_input(x).astype(dtype))
+        if x.dtype != dtype:
+            return self._factored(_ungrouped(adapted), module, leaves, x.astype(dtype))
+        return self._factored(adapted, module, leaves, x)
+
+
+def _ungrouped(adapted: AdaptedSite) -> AdaptedSite:
+    return dataclasses.replace(adapted, group=())
+
+
+def _with_key(inputs: AdapterInputs, key: Array) -> AdapterInputs:
+    return dataclasses.replace(inputs, key=key)
+
+
+def _leaves_of(bundle: Mapping[str, Any]) -> Leaves:
+    return Leaves(bundle["params"], bundle["state"], bundle["constants"])
+
+
+def _drop(x: Array, rate: float, key: Array | None, path: str) -> Array:
+    if key is None:
+        raise ValueError(f"{path}: dropout needs AdapterInputs.key while deterministic is False")
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+
+
+class Adapted(nn.Module):
+    """Any linen module with adapters, its own code and parameter names unchanged.
+
+    ``apply`` takes ``{"params": base, "adapters": leaves.params, "adapter_state": ..., "adapter_constants": ...,
+    "adapter_probes": ...}`` and any other collection of the base (a cache), and has the base's call signature plus
+    ``adapter_inputs``. Give either a ``plan`` or ``adapter`` and ``targets``, from which each call finds the plan.
+
+    Attributes:
+        base: The module to adapt.
+        plan: From ``resolve_sites``.
+        adapter: The method, where no plan is given.
+        targets: Its targets.
+    """
+
+    base: nn.Module
+    plan: AdapterPlan | None = None
+    adapter: Adapter | None = None
+    targets: tuple[str, ...] = ()
+
+    def resolve(self, *args: Any, **kwargs: Any) -> AdapterPlan:
+        """The plan given, or the one found by tracing the base on these arguments."""
+        if self.plan is not None:
+            return self.plan
+        if self.adapter is None:
+            raise InjectionError("Adapted needs a plan, or an adapter and targets")
+        return resolve_sites(self.base, self.adapter, self.targets, *args, **kwargs)
+
+    def init(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, rngs: Array, *args: Any, adapter_inputs: AdapterInputs | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Fresh base variables and adapters: {"params", "adapters", "adapter_state", "adapter_constants", ...}."""
+        variables = self.base.init(rngs, *args, **kwargs)
+        leaves = init_leaves(rngs, self.resolve(*args, **kwargs), variables["params"])
+        own = {"adapters": leaves.params, "adapter_state": leaves.state, "adapter_constants": leaves.constants}
+        return {**variables, **own}
+
+    def apply(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        variables: Mapping[str, Any],
+        *args: Any,
+        adapter_inputs: AdapterInputs | None = None,
+        capture: Callable[[str, Array, Array], None] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """``base.apply`` with every site's delta added.
+
+        Args:
+            variables: The base's collections and the adapters' (class docstring).
+            *args: The base's arguments.
+            adapter_inputs: What the methods may know of the batch.
+            capture: Called with (path, x, delta) at each visit, for calibration of models without scans.
+            **kwargs: The base's keyword arguments, and ``mutable``, ``rngs``, ``method``.
+
+        Raises:
+            InjectionError: if the adapters are missing, or a site of the plan was not visited.
+        """
+        if "adapters" not in variables:
+            raise InjectionError("no collection 'adapters' among the variables; init_leaves makes it")
+        plan = self.plan or self.resolve(*args, **{k: v for k, v in kwargs.items() if k not in _FLAX_ARGUMENTS})
+        variables = dict(variables)
+        leaves = Leaves(*(variables.pop(name, {}) for name in ("adapters", "adapter_state", "adapter_constants")))
+        probes = variables.pop("adapter_probes", {})
+        params = variables.pop("params")
+        joined = join(plan, params, prepare_leaves(plan, leaves, params), probes)
+        call = _Call(plan, adapter_inputs or AdapterInputs(), capture=capture)
+        with nn.intercept_methods(call.intercept):
+            result = self.base.apply({"params": joined, **variables}, *args, **kwargs)
+        missed = [s.site.path for s in plan.sites if s.site.path not in call.visited]
+        if missed and kwargs.get("method") is None:
+            raise InjectionError(
+                f"{missed[0]} has an adapter but did not run in this call; exclude it from the targets"
+            )
+        return result
+
+
+_FLAX_ARGUMENTS = ("mutable", "rngs", "method", "capture_intermediates")

@@ -1,0 +1,205 @@
+"""An adapter's arrays for a whole model: made, prepared, sharded, and joined with the base parameters.
+
+The user's trees are flat by site, ``{"layers/mlp/up_proj": {"a": (layers, in, r), ...}}``, layer axes leading. Just
+before the model runs they are joined into the base parameters under one reserved key of each adapted module, layer axes
+moved to where the kernel has them, so that a foreign ``nn.scan`` over ``params`` carries them; nothing is copied.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from mor_jax.adapters import AdapterInputs, Kernel, Leaves
+from mor_jax.injection.plan import AdaptedSite, AdapterPlan, get_path
+
+RESERVED = "adapter"
+
+
+def set_path(tree: Mapping[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    """A copy of the nested mappings along ``path`` with ``value`` at its end; all else is shared."""
+    copy = dict(tree)
+    copy[path[0]] = value if len(path) == 1 else set_path(copy.get(path[0], {}), path[1:], value)
+    return copy
+
+
+def site_id(path: str) -> int:
+    """A number for a path that does not depend on the other sites."""
+    return zlib.crc32(path.encode()) & 0x7FFFFFFF
+
+
+def _layer_axes_leading(value: Array, adapted: AdaptedSite) -> Array:
+    return jnp.moveaxis(value, adapted.stack_positions, range(len(adapted.stack_positions)))
+
+
+def _layer_axes_stored(value: Array, positions: tuple[int, ...]) -> Array:
+    places = tuple(min(p, value.ndim - 1) for p in positions)
+    return jnp.moveaxis(value, range(len(places)), places)
+
+
+def site_kernels(params: Mapping[str, Any], adapted: AdaptedSite) -> Kernel:
+    """The site's stored kernel with its layer axes leading."""
+    value = meta.unbox(get_path(params, adapted.kernel_path))
+    return Kernel(_layer_axes_leading(value, adapted), adapted.in_axes, adapted.out_axes)
+
+
+def replace_site_kernels(params: Mapping[str, Any], adapted: AdaptedSite, stacked: Array) -> dict[str, Any]:
+    """``params`` with the site's kernel replaced by ``stacked``, layer axes leading, in the kernel's own layout."""
+    value = _layer_axes_stored(stacked, adapted.stack_positions)
+    old = get_path(params, adapted.kernel_path)
+    if isinstance(old, meta.AxisMetadata):
+        value = old.replace_boxed(value)
+    return set_path(params, adapted.kernel_path, value)
+
+
+def over_layers(function: Callable[..., Any], adapted: AdaptedSite) -> Callable[..., Any]:
+    """``function`` of one layer's arrays, mapped over all leading layer axes."""
+    for _ in adapted.stack_sizes:
+        function = jax.vmap(function)
+    return function
+
+
+def init_leaves(key: Array, plan: AdapterPlan, params: Mapping[str, Any]) -> Leaves:
+    """All adapters' leaves, trained modules copied in float32.
+
+    Args:
+        key: The root key; a site's key depends on its path and layer alone, not on what else is adapted.
+        plan: From ``resolve_sites``.
+        params: The frozen base parameters (DoRA reads its kernels' norms).
+    """
+    params_tree: dict[str, Any] = {}
+    trees = Leaves(params_tree, {}, {})
+    for adapted in plan.sites:
+        root = jax.random.fold_in(key, site_id(adapted.site.path))
+
+        def init(layer: Array, kernel: Array, adapted: AdaptedSite = adapted, root: Array = root) -> Leaves:
+            view = Kernel(kernel, adapted.in_axes, adapted.out_axes)
+            return adapted.adapter.init(jax.random.fold_in(root, layer), adapted.site, layer, view)
+
+        layers = jnp.arange(adapted.site.num_layers, dtype=jnp.int32).reshape(adapted.stack_sizes)
+        leaves = over_layers(init, adapted)(layers, site_kernels(params, adapted).value)
+        for tree, own in zip(trees, leaves, strict=True):
+            if own:
+                tree[adapted.site.path] = own
+    for path, adapted in plan.gates.items():
+        root = jax.random.fold_in(key, site_id(path))
+
+        def init_gate(layer: Array, adapted: AdaptedSite = adapted, root: Array = root) -> dict[str, Array]:
+            return adapted.adapter.init_gate(jax.random.fold_in(root, layer), adapted.gate_features)
+
+        layers = jnp.arange(adapted.site.num_layers, dtype=jnp.int32).reshape(adapted.stack_sizes)
+        params_tree[path] = over_layers(init_gate, adapted)(layers)
+    for path in plan.trained_modules:
+        module = meta.unbox(get_path(params, tuple(path.split("/"))))
+        params_tree[path] = jax.tree.map(lambda v: jnp.array(v, jnp.float32), module)
+    return trees
+
+
+def _site_leaves(leaves: Leaves, path: str) -> Leaves:
+    return Leaves(leaves.params.get(path, {}), leaves.state.get(path, {}), leaves.constants.get(path, {}))  # pyright: ignore[reportArgumentType]
+
+
+def prepare_leaves(plan: AdapterPlan, leaves: Leaves, params: Mapping[str, Any]) -> Leaves:
+    """Leaves with what each method computes once a step; differentiable, and the identity on its own result."""
+    trees: tuple[dict[str, Any], ...] = tuple(dict(tree) for tree in leaves)
+    for adapted in plan.sites:
+        path = adapted.site.path
+        if path not in leaves.params:
+            raise KeyError(f"no adapter leaves for {path}; were they made for other targets?")
+        own = adapted.adapter.prepare(_site_leaves(leaves, path), site_kernels(params, adapted))
+        for tree, part in zip(trees, own, strict=True):
+            if part:
+                tree[path] = part
+    return Leaves(*trees)
+
+
+def join(
+    plan: AdapterPlan, params: Mapping[str, Any], leaves: Leaves, probes: Mapping[str, Mapping[str, Array]]
+) -> dict[str, Any]:
+    """Base parameters with every site's leaves under the reserved key of its module, as the model's scans expect."""
+    joined = dict(params)
+    for adapted in plan.sites:
+        path = adapted.site.path
+        own = _site_leaves(leaves, path)
+        layers = jnp.arange(adapted.site.num_layers, dtype=jnp.int32).reshape(*adapted.stack_sizes, 1)
+        bundle = {**own._asdict(), "layer": layers, "probes": dict(probes.get(path, {}))}
+        bundle = jax.tree.map(lambda v, a=adapted: _layer_axes_stored(v, a.stack_positions), bundle)
+        joined = set_path(joined, (*path.split("/"), RESERVED), bundle)
+    for path, adapted in plan.gates.items():
+        bundle = {"params": leaves.params[path], "probes": dict(probes.get(path, {}))}
+        bundle = jax.tree.map(lambda v, a=adapted: _layer_axes_stored(v, a.stack_positions), bundle)
+        joined = set_path(joined, (*path.split("/"), RESERVED), bundle)
+    for path in plan.trained_modules:
+        module_path = tuple(path.split("/"))
+        old = get_path(params, module_path)
+        joined = set_path(joined, module_path, meta.replace_boxed(old, leaves.params[path]))
+    return joined
+
+
+def init_probes(plan: AdapterPlan, num_tasks: int = 0) -> dict[str, dict[str, Array]]:
+    """Zeros whose gradients are the routers' statistics, summed over tokens: {path: {name: (layers..., ...)}}."""
+    probes = {}
+    inputs = AdapterInputs(task_ids=jnp.zeros((1, 1), jnp.int32), num_tasks=num_tasks)
+    for adapted in plan.sites:
+        method, path = adapted.adapter, adapted.gate_path or adapted.site.path
+        if path in probes or not method.num_gates:
+            continue
+
+        def shapes(method=method) -> dict[str, Array]:
+            gates = jnp.full((1, 1, method.num_gates), 1 / method.num_gates)
+            found = method.statistics(Leaves({}), gates, gates, inputs)
+            if found and method.balance(gates, None) is not None:
+                found["balance"] = jnp.zeros((1,))
+            return found
+
+        found = jax.eval_shape(shapes)
+        if found:
+            probes[path] = {k: jnp.zeros((*adapted.stack_sizes, *v.shape), jnp.float32) for k, v in found.items()}
+    return probes
+
+
+def adapter_specs(plan: AdapterPlan, param_specs: Mapping[str, Any]) -> dict[str, Any]:
+    """Partition specs for the trained leaves: input axes follow the kernel's inputs, output axes its outputs.
+
+    Ranks and experts are never sharded, nor is a factor's axis when the kernel's is split over several axes.
+
+    Args:
+        plan: From ``resolve_sites``.
+        param_specs: A tree like the base parameters with a ``PartitionSpec`` at each leaf.
+    """
+    specs: dict[str, Any] = {}
+    for adapted in plan.sites:
+        stored = tuple(get_path(param_specs, adapted.kernel_path))
+        ndim = len(adapted.in_axes + adapted.out_axes) + len(adapted.stack_positions)
+        stored = stored + (None,) * (ndim - len(stored))
+        own = [axis for i, axis in enumerate(stored) if i not in adapted.stack_positions]
+        layers = [stored[i] for i in adapted.stack_positions]
+        named = {None: None, "in": None, "out": None}
+        for name, axes in (("in", adapted.in_axes), ("out", adapted.out_axes)):
+            named[name] = own[axes[0]] if len(axes) == 1 else None
+        logical = adapted.adapter.logical_axes(adapted.site)
+        specs[adapted.site.path] = {k: PartitionSpec(*layers, *(named[a] for a in v)) for k, v in logical.items()}
+    for path, adapted in plan.gates.items():
+        names = jax.eval_shape(lambda a=adapted: a.adapter.init_gate(jax.random.key(0), a.gate_features))
+        specs[path] = {name: PartitionSpec() for name in names}
+    for path in plan.trained_modules:
+        specs[path] = get_path(param_specs, tuple(path.split("/")))
+    return specs
+
+
+def gate_shape(adapted: AdaptedSite) -> tuple[int, ...]:
+    """(layers..., N): the shape of constant gates for a site."""
+    return (*adapted.stack_sizes, adapted.adapter.num_gates)
+
+
+def count_bytes(tree: Any) -> int:
+    """Bytes of all arrays (or shapes) in a tree."""
+    return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,271 @@
+"""Finding a model's linear modules by tracing it once, and the static plan of where each adapter goes."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+
+from mor_jax.adapters import Adapter, Site
+from mor_jax.injection.linear import DEFAULT_KINDS, LinearKind, find_kind
+from mor_jax.injection.targets import InjectionError, assign_adapters, matches, nearest_names
+
+MARK = "layer_axes"
+_MARK_SHAPE = (1_000_003, 1_000_033, 1_000_037, 1_000_039, 1_000_081, 1_000_099)  # primes that no layer count equals
+
+
+@dataclass(frozen=True)
+class AdaptedSite:
+    """One linear module that gets an adapter.
+
+    Attributes:
+        site: Path and sizes.
+        adapter: The method with its hyper-parameters.
+        kernel_path: Path of the kernel in the base parameters.
+        stack_positions: Layer axes of the stored kernel; () for a module outside any scan.
+        stack_sizes: Their sizes.
+        in_axes: Contracted axes of one layer's kernel, negative.
+        out_axes: Produced axes, negative.
+        gate_path: Path of the block whose input decides the gate, or None.
+        gate_features: Width of that input.
+        group: Paths of the sites that read the same x, itself included, when they share one matmul.
+    """
+
+    site: Site
+    adapter: Adapter
+    kernel_path: tuple[str, ...]
+    stack_positions: tuple[int, ...] = ()
+    stack_sizes: tuple[int, ...] = ()
+    in_axes: tuple[int, ...] = (-2,)
+    out_axes: tuple[int, ...] = (-1,)
+    gate_path: str | None = None
+    gate_features: int = 0
+    group: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """Everything static about an adapted model: hashable, so it may be closed over or passed as a static argument."""
+
+    sites: tuple[AdaptedSite, ...]
+    trained_modules: tuple[str, ...] = ()
+    fuse: bool = True
+    kinds: tuple[LinearKind, ...] = DEFAULT_KINDS
+    trained_shapes: tuple[tuple[str, int], ...] = ()
+
+    def __getitem__(self, path: str) -> AdaptedSite:
+        """The site at ``path``."""
+        return self._by_path[path]
+
+    @functools.cached_property
+    def _by_path(self) -> dict[str, AdaptedSite]:
+        return {s.site.path: s for s in self.sites}
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of all sites."""
+        return tuple(self._by_path)
+
+    @functools.cached_property
+    def gates(self) -> dict[str, AdaptedSite]:
+        """For each block that decides a gate, one of its sites."""
+        found: dict[str, AdaptedSite] = {}
+        for adapted in self.sites:
+            if adapted.gate_path is not None:
+                found.setdefault(adapted.gate_path, adapted)
+        return found
+
+    @property
+    def num_gate_sites(self) -> int:
+        """How many gates there are over all sites or blocks and layers."""
+        at_sites = sum(math.prod(s.stack_sizes) for s in self.sites if s.adapter.num_gates and s.gate_path is None)
+        return at_sites + sum(math.prod(s.stack_sizes) for s in self.gates.values())
+
+    def num_params(self) -> int:
+        """Trained parameters: sites, block gates and trained modules."""
+        sites = sum(s.adapter.num_params(s.site) for s in self.sites)
+        gates = sum(math.prod(s.stack_sizes) * s.adapter.num_gate_params(s.gate_features) for s in self.gates.values())
+        return sites + gates + sum(size for _, size in self.trained_shapes)
+
+
+@dataclass
+class _Visit:
+    kind: LinearKind
+    shape: tuple[int, ...]  # of one layer's kernel
+    contraction: Any
+    x: Any  # kept alive, so that identity means sameness
+
+
+@dataclass
+class _Discovery:
+    kinds: tuple[LinearKind, ...]
+    visits: dict[str, _Visit] = field(default_factory=dict)
+    widths: dict[str, int] = field(default_factory=dict)  # of every module's first array argument
+
+    def intercept(self, next_fun, args, kwargs, context):
+        """Records each linear module's visit."""
+        module = context.module
+        output = next_fun(*args, **kwargs)
+        path = "/".join(module.path)
+        if context.method_name != "__call__" or not args or not hasattr(args[0], "shape"):
+            return output
+        x = args[0]
+        if x.ndim:
+            self.widths.setdefault(path, x.shape[-1])
+        kind = find_kind(module, self.kinds)
+        if kind is not None and module.has_variable("params", kind.kernel_leaf):
+            kernel = meta.unbox(module.get_variable("params", kind.kernel_leaf))
+            self._mark_layer_axes(module, kernel.ndim)
+            self.visits.setdefault(path, _Visit(kind, kernel.shape, kind.contraction(module, x, kernel.shape), x))
+        return output
+
+    def _mark_layer_axes(self, module: nn.Module, ndim: int) -> None:
+        """Leaves a shape of primes beside the kernel: what a scan adds to it are the layer axes, without ambiguity."""
+        scope = module.scope
+        if scope is not None and not scope.has_variable("params", MARK):
+            scope.put_variable("params", MARK, jnp.zeros(_MARK_SHAPE[:ndim], bool))
+
+
+def trace_shapes(model: nn.Module, interceptor, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
+    """The shapes of ``model.init``'s parameters, run abstractly under an interceptor.
+
+    Arguments that have a shape are traced, all others are static.
+    """
+    traced = {k: v for k, v in kwargs.items() if hasattr(v, "shape")}
+    static = {k: v for k, v in kwargs.items() if k not in traced}
+
+    def run(key, args, traced):
+        with nn.intercept_methods(interceptor):
+            return model.init({"params": key, "dropout": key}, *args, **traced, **static)
+
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (args, traced))
+    return jax.eval_shape(run, jax.eval_shape(lambda: jax.random.key(0)), *abstract)["params"]
+
+
+def get_path(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    """The subtree at ``path``."""
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def _matrix_modules(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> list[str]:
+    found = []
+    own = [v for name, v in tree.items() if not isinstance(v, Mapping) and name != MARK]
+    if sum(meta.unbox(v).ndim >= 2 for v in own if hasattr(meta.unbox(v), "ndim")) == 1:
+        found.append("/".join(prefix))
+    for name, child in tree.items():
+        if isinstance(child, Mapping):
+            found += _matrix_modules(child, (*prefix, name))
+    return found
+
+
+def _gate_of(path: str, adapter: Adapter, widths: Mapping[str, int]) -> tuple[str | None, int]:
+    if adapter.gate_block is None:
+        return None, 0
+    parts = path.split("/")
+    for end in range(len(parts) - 1, 0, -1):
+        block = "/".join(parts[:end])
+        if re.fullmatch(adapter.gate_block, block) and block in widths:
+            return block, widths[block]
+    raise InjectionError(
+        f"{path}: no enclosing module matches {adapter.gate_block!r}, whose input should decide the gate; "
+        f"{nearest_names(adapter.gate_block, list(widths))}"
+    )
+
+
+def _trained_shapes(modules: tuple[str, ...], params: Mapping[str, Any], sites: list[str]) -> tuple:
+    paths = ["/".join(p) for p in _module_paths(params)]
+    sizes = []
+    for pattern in modules:
+        hits = [p for p in paths if matches(pattern, p)]
+        if not hits:
+            raise InjectionError(f"trained module {pattern!r} matches nothing; {nearest_names(pattern, paths)}")
+        for hit in hits:
+            inside = [s for s in sites if s == hit or s.startswith(hit + "/")]
+            if inside:
+                raise InjectionError(f"{inside[0]} is both a target and a trained module; choose one")
+            leaves = jax.tree.leaves(meta.unbox(get_path(params, tuple(hit.split("/")))))
+            sizes.append((hit, sum(math.prod(leaf.shape) for leaf in leaves)))
+    return tuple(sizes)
+
+
+def _module_paths(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    children = [(name, child) for name, child in tree.items() if isinstance(child, Mapping)]
+    return ([prefix] if prefix else []) + [p for n, c in children for p in _module_paths(c, (*prefix, n))]
+
+
+def resolve_sites(
+    model: nn.Module,
+    adapter: Adapter,
+    targets: tuple[str, ...] | str,
+    *args: Any,
+    overrides: tuple[tuple[str, Adapter], ...] = (),
+    trained_modules: tuple[str, ...] = (),
+    fuse: bool = True,
+    kinds: tuple[LinearKind, ...] = DEFAULT_KINDS,
+    **kwargs: Any,
+) -> AdapterPlan:
+    """The plan for ``model``, found by tracing ``model.init(key, *args, **kwargs)`` abstractly: nothing is computed.
+
+    Args:
+        model: Any linen module.
+        adapter: The method for all targets.
+        targets: Hugging Face names, regular expressions over "/"-joined paths, or "all-linear" (all but the head).
+        *args: Example inputs, arrays or ``jax.ShapeDtypeStruct``.
+        overrides: (pattern, method) pairs for sites that get other settings or another method.
+        trained_modules: Names of modules that are trained whole.
+        fuse: Whether sites that read the same x share one matmul.
+        kinds: The table of linear modules.
+        **kwargs: More example inputs; those without a shape are static.
+
+    Raises:
+        InjectionError: if a pattern matches nothing, or two overrides conflict.
+    """
+    found = _Discovery(kinds)
+    params = trace_shapes(model, found.intercept, *args, **kwargs)
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    unknown = [p for p in _matrix_modules(params) if p not in found.visits]
+    chosen = assign_adapters(list(found.visits), unknown, adapter, targets, tuple(overrides))
+    sites = []
+    for path, method in chosen.items():
+        visit = found.visits[path]
+        kernel_path = (*path.split("/"), visit.kind.kernel_leaf)
+        stored = meta.unbox(get_path(params, kernel_path)).shape
+        marked = get_path(params, (*kernel_path[:-1], MARK)).shape
+        positions = tuple(i for i, size in enumerate(marked) if size not in _MARK_SHAPE)
+        sizes = tuple(stored[p] for p in positions)
+        contraction = visit.contraction
+        in_features = math.prod(visit.shape[a] for a in contraction.in_axes)
+        out_features = math.prod(visit.shape[a] for a in contraction.out_axes)
+        gate_path, gate_features = _gate_of(path, method, found.widths)
+        parent = path.rpartition("/")[0]
+        group = tuple(
+            other
+            for other in chosen
+            if other.rpartition("/")[0] == parent and found.visits[other].x is visit.x and chosen[other].dropout == 0
+        )
+        sites.append(
+            AdaptedSite(
+                site=Site(path, in_features, out_features, math.prod(sizes)),
+                adapter=method,
+                kernel_path=kernel_path,
+                stack_positions=positions,
+                stack_sizes=sizes,
+                in_axes=contraction.in_axes,
+                out_axes=contraction.out_axes,
+                gate_path=gate_path,
+                gate_features=gate_features,
+                group=group if fuse and len(group) > 1 and method.dropout == 0 else (),
+            )
+        )
+    trained = _trained_shapes(tuple(trained_modules), params, list(chosen))
+    return AdapterPlan(tuple(sites), tuple(path for path, _ in trained), fuse, kinds, trained)

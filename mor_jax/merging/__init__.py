@@ -1,0 +1,36 @@
+"""Folding adapters into the frozen base, exactly where that is possible and measurably well where it is not."""
+
+from mor_jax.merging.approximate import MERGES, merge_routed
+from mor_jax.merging.calibration import language_model_call
+from mor_jax.merging.exact import merge
+from mor_jax.merging.fidelity import FidelityReport, check_unseen, compare_logits, measure_fidelity, site_errors
+from mor_jax.merging.gates import mean_gates
+from mor_jax.merging.least_squares import (
+    Calibration,
+    calibration_blocks,
+    factorize,
+    least_squares,
+    merge_changes,
+    refactor,
+    solve_ridge,
+)
+
+__all__ = [
+    "MERGES",
+    "Calibration",
+    "FidelityReport",
+    "calibration_blocks",
+    "check_unseen",
+    "compare_logits",
+    "factorize",
+    "language_model_call",
+    "least_squares",
+    "mean_gates",
+    "measure_fidelity",
+    "merge",
+    "merge_changes",
+    "merge_routed",
+    "refactor",
+    "site_errors",
+    "solve_ridge",
+]

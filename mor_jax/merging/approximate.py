@@ -1,0 +1,103 @@
+"""One argument for every way to merge, and the default: whichever imitates the routed model best on held-out data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+from jax import Array
+
+from mor_jax.adapters import Leaves
+from mor_jax.injection import AdapterPlan
+from mor_jax.merging.calibration import Batch, ModelCall, language_model_call
+from mor_jax.merging.exact import merge
+from mor_jax.merging.fidelity import FidelityReport, check_unseen, measure_fidelity
+from mor_jax.merging.gates import mean_gates
+from mor_jax.merging.least_squares import least_squares, merge_changes, routed_paths
+
+MERGES = ("best", "mean", "least_squares", "sequential")
+
+
+def _task_index(gates: str, tasks: Sequence[str]) -> int:
+    name = gates.removeprefix("task:")
+    if name not in tasks:
+        raise ValueError(f"gates={gates!r}: no such task; tasks are {', '.join(tasks) or 'not named'}")
+    return list(tasks).index(name)
+
+
+def _merge_one(
+    model: nn.Module,
+    params: Any,
+    leaves: Leaves,
+    plan: AdapterPlan,
+    gates: str,
+    batches: Sequence[Batch],
+    call: ModelCall,
+    tasks: Sequence[str],
+) -> dict[str, Any]:
+    if gates in ("least_squares", "sequential"):
+        found = least_squares(model, params, leaves, plan, batches, call=call, sequential=gates == "sequential")
+        return merge_changes(params, leaves, plan, found.changes)
+    task = _task_index(gates, tasks) if gates.startswith("task:") else None
+    return merge(params, leaves, plan, mean_gates(model, params, leaves, plan, batches, call=call, task=task))
+
+
+def merge_routed(
+    model: nn.Module,
+    params: Any,
+    leaves: Leaves,
+    plan: AdapterPlan,
+    *,
+    calibration: Sequence[Batch],
+    heldout: Sequence[Batch],
+    gates: str = "best",
+    tasks: Sequence[str] = (),
+    call: ModelCall = language_model_call,
+    evaluate: Callable[[Callable[[Batch], Array]], float] | None = None,
+) -> tuple[dict[str, Any], FidelityReport]:
+    """Merged parameters and how faithful they are; exact where every site's method has an exact merge.
+
+    Args:
+        model: The base module.
+        params: Its frozen parameters; not changed.
+        leaves: The adapters.
+        plan: From ``resolve_sites``.
+        calibration: Batches to take statistics from; not read when the merge is exact.
+        heldout: Batches for the report; no row may be among ``calibration``. ``best`` is chosen on one half of their
+            batches and reported on the other, where there are two or more.
+        gates: "mean", "task:NAME", "least_squares", "sequential" (least squares block by block), or "best": the one of
+            mean, least_squares and sequential with the smallest KL.
+        tasks: Names of the task ids; ``call`` must then pass ``num_tasks`` for "task:NAME".
+        call: Batch -> (args, kwargs, adapter inputs); the model returns logits.
+        evaluate: (batch -> logits) -> a task metric for the report.
+
+    Raises:
+        ValueError: for an unknown ``gates`` or task, no data, or held-out rows among the calibration rows.
+    """
+    if gates not in MERGES and not gates.startswith("task:"):
+        raise ValueError(f"gates must be one of {', '.join(MERGES)} or task:NAME, got {gates!r}")
+    report = lambda merged, name, data, **more: measure_fidelity(  # noqa: E731
+        model, params, leaves, plan, merged, data, call=call, method=name, **more
+    )
+    if not routed_paths(plan):
+        merged = merge(params, leaves, plan)
+        return merged, report(merged, "exact", heldout, evaluate=evaluate)
+    if not calibration or not heldout:
+        raise ValueError("an approximate merge needs calibration batches and held-out batches")
+    check_unseen(calibration, heldout)
+    one = lambda name: _merge_one(model, params, leaves, plan, name, calibration, call, tasks)  # noqa: E731
+    if gates != "best":
+        merged = one(gates)
+        return merged, report(merged, gates, heldout, evaluate=evaluate)
+    choosing, reporting = (heldout[::2], heldout[1::2]) if len(heldout) > 1 else (heldout, heldout)
+    candidates: dict[str, float] = {}
+    best: Any = None
+    for name in MERGES[1:]:
+        merged = one(name)
+        candidates[name] = report(merged, name, choosing, sites=False).kl
+        if candidates[name] == min(candidates.values()):
+            best = (name, merged)
+    final = report(best[1], best[0], reporting, evaluate=evaluate)
+    return best[1], dataclasses.replace(final, candidates=candidates)

@@ -1,0 +1,142 @@
+"""Adapters folded into the frozen kernels: layer by layer in float32, rounded once, in the layout the model stores.
+
+    W' = round(float32(W) + change)      one layer at a time, so the peak is the base plus one layer
+
+Methods whose gate reads the input have no such kernel; with constant ``gates`` they are merged as if those were it.
+There is no way back: keep the base.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+from jax import Array
+
+from mor_jax.adapters import Kernel, Leaves, NotMergeable
+from mor_jax.injection import AdaptedSite, AdapterPlan, get_path, replace_site_kernels, site_kernels
+from mor_jax.injection.leaves import set_path
+
+Params = Mapping[str, Any]
+
+
+def gate_key(adapted: AdaptedSite) -> str:
+    """Where a site's constant gates are looked up: its block's path, or its own."""
+    return adapted.gate_path or adapted.site.path
+
+
+def site_leaves(leaves: Leaves, path: str) -> Leaves:
+    """One site's leaves out of the trees of a whole model."""
+    return Leaves(*(tree.get(path, {}) for tree in leaves))
+
+
+def sharding_of(value: Any) -> Any:
+    """The sharding of a concrete array over a mesh, else None."""
+    sharding = None if isinstance(value, jax.core.Tracer) else getattr(value, "sharding", None)
+    return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
+
+
+def update_site(params: Params, adapted: AdaptedSite, change: Callable[..., Array], *arrays: Any) -> dict[str, Any]:
+    """``params`` with one site's kernels changed, one layer at a time.
+
+    Args:
+        params: Base parameters.
+        adapted: The site.
+        change: (``Kernel`` of one layer, *arrays of one layer) -> that layer's kernel in its own layout and dtype.
+        *arrays: Pytrees whose leaves have the site's layer axes leading.
+
+    Returns:
+        A copy of the dictionaries along the kernel's path; dtype, boxes and sharding of the kernel stay.
+    """
+    sizes = adapted.stack_sizes
+    count, depth = math.prod(sizes), len(sizes)
+
+    def run(params: Params, arrays: Any) -> Array:
+        stacked = site_kernels(params, adapted).value
+
+        def one(parts: Any) -> Array:
+            value, own = parts
+            return change(Kernel(value, adapted.in_axes, adapted.out_axes), *own)
+
+        if not depth:
+            new = one((stacked, arrays))
+        else:
+            flat = jax.tree.map(lambda v: v.reshape(count, *v.shape[depth:]), (stacked, arrays))
+            new = jax.lax.map(one, flat).reshape(stacked.shape)
+        return meta.unbox(get_path(replace_site_kernels(params, adapted, new), adapted.kernel_path))
+
+    old = get_path(params, adapted.kernel_path)
+    own: dict[str, Any] = set_path({}, adapted.kernel_path, old)
+    merged = jax.jit(run, out_shardings=sharding_of(meta.unbox(old)))(own, arrays)
+    return set_path(params, adapted.kernel_path, meta.replace_boxed(old, merged))
+
+
+def merge_site(
+    params: Params, leaves: Leaves, adapted: AdaptedSite, gates: Mapping[str, Array] | None = None
+) -> dict[str, Any]:
+    """``merge`` of a single site.
+
+    Raises:
+        NotMergeable: if its gate depends on the input and ``gates`` has none for it.
+    """
+    path = adapted.site.path
+    own = site_leaves(leaves, path)
+    if not own.params:
+        raise KeyError(f"no adapter leaves for {path}; were they made for other targets?")
+    constant = (gates or {}).get(gate_key(adapted))
+    if not adapted.adapter.routed:
+        return update_site(params, adapted, lambda kernel, own: adapted.adapter.merge(own, kernel), own)
+    if constant is None:
+        kernel = site_kernels(params, adapted)
+        shape = kernel.value.shape[len(adapted.stack_sizes) :]
+        one = jax.ShapeDtypeStruct(shape, kernel.dtype)
+        try:
+            jax.eval_shape(lambda v: adapted.adapter.merge(own, Kernel(v, adapted.in_axes, adapted.out_axes)), one)
+        except NotMergeable as error:
+            raise NotMergeable(f"{path}: {error}") from error
+        raise NotMergeable(f"{path}: {type(adapted.adapter).__name__} reads its gates from the input; give gates")
+    expected = (*adapted.stack_sizes, adapted.adapter.num_gates)
+    if constant.shape != expected:
+        raise ValueError(f"gates of {gate_key(adapted)} have shape {constant.shape}, expected {expected}")
+    change = lambda kernel, own, gates: adapted.adapter.merge(own, kernel, gates)  # noqa: E731
+    return update_site(params, adapted, change, own, jnp.asarray(constant, jnp.float32))
+
+
+def merge_trained_modules(params: Params, leaves: Leaves, plan: AdapterPlan) -> dict[str, Any]:
+    """``params`` with every module that was trained whole replaced, in the base's dtype and sharding."""
+
+    def replace(old: Any, new: Any) -> Any:
+        value = jnp.asarray(new).astype(old.dtype)
+        return value if sharding_of(old) is None else jax.device_put(value, old.sharding)
+
+    merged = dict(params)
+    for path in plan.trained_modules:
+        where = tuple(path.split("/"))
+        old = get_path(params, where)
+        new = jax.tree.map(replace, meta.unbox(old), leaves.params[path])
+        merged = set_path(merged, where, meta.replace_boxed(old, new))
+    return merged
+
+
+def merge(
+    params: Params, leaves: Leaves, plan: AdapterPlan, gates: Mapping[str, Array] | None = None
+) -> dict[str, Any]:
+    """Base parameters with all adapters folded in: same structure, dtypes and shardings; ``params`` is not changed.
+
+    Args:
+        params: The frozen base.
+        leaves: The adapters, layer axes leading.
+        plan: From ``resolve_sites``.
+        gates: Constant gates, {gate path: (layers..., N)}, for methods whose gate depends on the input.
+
+    Raises:
+        NotMergeable: if such a method has no constant gates; the message names the site and what to do instead.
+    """
+    merged = dict(params)
+    for adapted in plan.sites:
+        merged = merge_site(merged, leaves, adapted, gates)
+    return merge_trained_modules(merged, leaves, plan)

@@ -1,0 +1,203 @@
+"""How faithfully a merged model imitates the routed one, on data that calibration did not see; and the choice by it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from mor_jax.adapters import Leaves
+from mor_jax.injection import AdapterPlan, site_kernels
+from mor_jax.merging.calibration import (
+    Batch,
+    ModelCall,
+    controls_for,
+    forward,
+    language_model_call,
+    make_collector,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FidelityReport:
+    """Merged against routed, on held-out tokens.
+
+    Attributes:
+        method: How the model was merged.
+        exact: Whether every site has an exact merge, so that only rounding is left.
+        kl: Mean over tokens of KL(routed || merged) of the next-token distributions, in nats.
+        max_logit_difference: Largest absolute difference of any logit.
+        mean_logit_difference: Mean absolute difference.
+        same_token: Share of tokens for which both find the same next token likeliest.
+        tokens: Held-out tokens compared.
+        site_errors: {path: one number a layer}: sqrt(E||x D - delta||^2 / E||delta||^2) on the routed model's inputs,
+            D the change of the stored kernel.
+        metrics: The task metric, {"routed": ..., "merged": ...}, where one was given.
+        candidates: {method: kl} when several were measured.
+    """
+
+    method: str
+    exact: bool
+    kl: float
+    max_logit_difference: float
+    mean_logit_difference: float
+    same_token: float
+    tokens: int
+    site_errors: dict[str, list[float]]
+    metrics: dict[str, float] = field(default_factory=dict)
+    candidates: dict[str, float] = field(default_factory=dict)
+
+    def save(self, directory: str | Path) -> Path:
+        """Writes ``fidelity.json`` into an existing directory and returns its path."""
+        path = Path(directory) / "fidelity.json"
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        return path
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        worst = max(((max(v), k) for k, v in self.site_errors.items() if v), default=(0.0, "-"))
+        lines = [
+            f"merge: {self.method} ({'exact up to rounding' if self.exact else 'approximate'})",
+            f"KL(routed || merged) {self.kl:.3g} nats over {self.tokens} held-out tokens",
+            f"largest logit difference {self.max_logit_difference:.3g}, same next token {self.same_token:.1%}",
+            f"largest relative site error {worst[0]:.3g} at {worst[1]}",
+        ]
+        lines += [f"task metric, {name}: {value:.4g}" for name, value in self.metrics.items()]
+        return "\n".join(lines)
+
+
+def check_unseen(calibration: Sequence[Batch], heldout: Sequence[Batch], key: str = "input_ids") -> None:
+    """Raises ValueError if a held-out row is also a calibration row (rows of padding aside)."""
+
+    def rows(batches: Sequence[Batch]) -> set[bytes]:
+        found = set()
+        for batch in batches:
+            tokens = np.asarray(batch[key])
+            real = np.asarray(batch["segment_ids"]) > 0 if "segment_ids" in batch else np.ones(tokens.shape[:2], bool)
+            found |= {np.ascontiguousarray(row).tobytes() for row, mask in zip(tokens, real, strict=True) if mask.any()}
+        return found
+
+    both = rows(calibration) & rows(heldout)
+    if both:
+        raise ValueError(
+            f"{len(both)} held-out rows are also calibration rows; fidelity needs data calibration did not see"
+        )
+
+
+def site_errors(
+    model: nn.Module,
+    params: Any,
+    leaves: Leaves,
+    plan: AdapterPlan,
+    merged: Any,
+    batches: Sequence[Batch],
+    call: ModelCall = language_model_call,
+) -> dict[str, list[float]]:
+    """{path: relative error of each layer}; 0 where the adapter does nothing and the kernel did not change."""
+    collect = make_collector(model, plan, plan.paths, call, errors=True)
+    changes = {s.site.path: site_kernels(merged, s).dense() - site_kernels(params, s).dense() for s in plan.sites}
+    controls = {
+        path: controls_for(plan[path], change=change.reshape(*plan[path].stack_sizes, *change.shape[-2:]))
+        for path, change in changes.items()
+    }
+    found = {}
+    for path, sums in collect(params, leaves, controls, batches).items():
+        error, norm = (np.asarray(sums[name], np.float64).reshape(-1) for name in ("error", "norm"))
+        ratio = np.where(norm > 0, error / np.where(norm > 0, norm, 1), np.where(error > 0, 1.0, 0.0))
+        found[path] = np.sqrt(ratio).tolist()
+    return found
+
+
+def compare_logits(left: Array, right: Array, mask: Array) -> dict[str, Array]:
+    """Sums over the tokens of ``mask``: kl, mean, same, tokens; and the largest difference, max.
+
+    Args:
+        left: (..., V) the routed model's logits.
+        right: (..., V) the merged model's.
+        mask: (...,) true where a token counts.
+    """
+    left, right = left.astype(jnp.float32), right.astype(jnp.float32)
+    log_p, log_q = jax.nn.log_softmax(left), jax.nn.log_softmax(right)
+    difference = jnp.where(mask[..., None], jnp.abs(left - right), 0.0)
+    kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)
+    return {
+        "kl": jnp.where(mask, kl, 0.0).sum(),
+        "mean": difference.mean(-1).sum(),
+        "same": ((left.argmax(-1) == right.argmax(-1)) & mask).sum(),
+        "tokens": mask.sum(),
+        "max": difference.max(),
+    }
+
+
+def measure_fidelity(
+    model: nn.Module,
+    params: Any,
+    leaves: Leaves,
+    plan: AdapterPlan,
+    merged: Any,
+    batches: Sequence[Batch],
+    *,
+    call: ModelCall = language_model_call,
+    method: str = "exact",
+    evaluate: Callable[[Callable[[Batch], Array]], float] | None = None,
+    sites: bool = True,
+) -> FidelityReport:
+    """The report on a merged model.
+
+    Args:
+        model: The base module.
+        params: Its frozen parameters (not donated to the merge).
+        leaves: The adapters.
+        plan: From ``resolve_sites``.
+        merged: The merged parameters.
+        batches: Held-out batches.
+        call: Batch -> (args, kwargs, adapter inputs); the model returns logits (..., V) for it.
+        method: Named in the report.
+        evaluate: (batch -> logits) -> a task metric, measured for both models.
+        sites: Whether to measure the error of each site.
+
+    Raises:
+        ValueError: if no held-out token counts.
+    """
+
+    @jax.jit
+    def routed(batch: Batch) -> Array:
+        return forward(model, plan, params, leaves, batch, call)
+
+    @jax.jit
+    def plain(batch: Batch) -> Array:
+        args, kwargs, _ = call(batch)
+        return model.apply({"params": merged}, *args, **kwargs)  # pyright: ignore[reportReturnType]
+
+    total: dict[str, float] = {}
+    for batch in batches:
+        left = routed(batch)
+        segments = batch.get("segment_ids")
+        mask = jnp.ones(left.shape[:-1], bool) if segments is None else jnp.asarray(segments) > 0
+        for name, value in compare_logits(left, plain(batch), mask).items():
+            before = total.get(name, 0.0)
+            total[name] = max(before, float(value)) if name == "max" else before + float(value)
+    tokens = total.get("tokens", 0.0)
+    if tokens == 0:
+        raise ValueError("fidelity needs at least one held-out token")
+    return FidelityReport(
+        method=method,
+        exact=not any(s.adapter.routed for s in plan.sites),
+        kl=max(total["kl"] / tokens, 0.0) if math.isfinite(total["kl"]) else total["kl"],
+        max_logit_difference=total["max"],
+        mean_logit_difference=total["mean"] / tokens,
+        same_token=total["same"] / tokens,
+        tokens=int(tokens),
+        site_errors=site_errors(model, params, leaves, plan, merged, batches, call) if sites else {},
+        metrics={} if evaluate is None else {"routed": evaluate(routed), "merged": evaluate(plain)},
+    )

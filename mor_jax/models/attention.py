@@ -1,0 +1,180 @@
+"""Rotary positions, masks and grouped-query attention with a key-value cache.
+
+Who sees whom is told by two integers a token: its segment (0 = padding) and its position in that segment. A query
+sees the keys of its own non-zero segment at positions up to its own, less than `window` away. Packed rows, padding on
+either side and cached generation are therefore one rule.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mor_jax.models.config import DecoderConfig, RopeScaling
+
+
+class LayerInputs(NamedTuple):
+    """What every layer of one forward pass shares."""
+
+    cos: jax.Array  # (B, S, head_dim / 2) float32
+    sin: jax.Array  # (B, S, head_dim / 2) float32
+    mask: jax.Array  # (B, S, T) bool: query s sees key t, before any window
+    distance: jax.Array | None  # (B, S, T) int32, query less key position; None when no layer has a window
+    cache_index: jax.Array | None  # () int32, first cache slot to write; None without a cache
+
+
+def _llama3_frequencies(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    wavelength = 2 * math.pi / frequencies
+    original = scaling.original_max_position_embeddings or 0  # never None for this kind
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    smooth = np.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
+    return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+
+
+def _yarn_frequencies(frequencies: np.ndarray, theta: float, head_dim: int, scaling: RopeScaling) -> np.ndarray:
+    def dimension(rotations: float) -> float:
+        original = scaling.original_max_position_embeddings or 0
+        return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    high = high + 0.001 if low == high else high
+    keep = 1 - np.clip((np.arange(head_dim // 2) - low) / (high - low), 0, 1)
+    return frequencies / scaling.factor * (1 - keep) + frequencies * keep
+
+
+def _yarn_attention_factor(scaling: RopeScaling) -> float:
+    def scale(mscale: float) -> float:
+        return 0.1 * mscale * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.mscale and scaling.mscale_all_dim:
+        return scale(scaling.mscale) / scale(scaling.mscale_all_dim)
+    return scale(1.0)
+
+
+def rotary_frequencies(config: DecoderConfig) -> tuple[np.ndarray, float]:
+    """Angles per position, (head_dim / 2,) float32, and the factor on cos and sin (1 except for yarn)."""
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    factor = 1.0
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "linear":
+        frequencies = frequencies / scaling.factor
+    elif scaling is not None and scaling.kind == "llama3":
+        frequencies = _llama3_frequencies(frequencies, scaling)
+    elif scaling is not None:
+        frequencies = _yarn_frequencies(frequencies, config.rope_theta, config.head_dim, scaling)
+        factor = _yarn_attention_factor(scaling)
+    return frequencies.astype(np.float32), factor
+
+
+def rotary_tables(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of positions (B, S), each (B, S, head_dim / 2) float32 (arXiv 2104.09864, eq. 34)."""
+    frequencies, factor = rotary_frequencies(config)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Heads x (B, S, N, H) turned by their positions; the pairs are (i, i + H / 2), as in Hugging Face files."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def default_positions(segment_ids: jax.Array) -> jax.Array:
+    """Positions that restart at 0 where a new segment begins: (B, S) int32 for segment ids (B, S)."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
+    starts = jnp.concatenate(
+        [jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
+    )
+    return jnp.where(segment_ids > 0, index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1), 0)
+
+
+def visible(
+    query_positions: jax.Array, query_segments: jax.Array, key_positions: jax.Array, key_segments: jax.Array
+) -> jax.Array:
+    """(B, S, T) bool: same non-zero segment, key not later than query. Arguments (B, S), (B, S), (B, T), (B, T)."""
+    same = query_segments[:, :, None] == key_segments[:, None, :]
+    causal = key_positions[:, None, :] <= query_positions[:, :, None]
+    return same & causal & (key_segments > 0)[:, None, :]
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax attention, (B, S, N, H) in the dtype of `value`; scores and softmax in float32.
+
+    Args:
+      query: (B, S, N, H).
+      key: (B, T, K, H) with N a multiple of K; query head n reads key head n // (N / K) (arXiv 2305.13245).
+      value: (B, T, K, H).
+      mask: (B, S, T) bool. A query that sees nothing (padding) gets a finite average that nobody reads.
+    """
+    batch, length, heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum("bskgh,btkh->bkgst", grouped, key, preferred_element_type=jnp.float32) * head_dim**-0.5
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgst,btkh->bskgh", weights, value).reshape(batch, length, heads, head_dim)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis (arXiv 1910.07467), computed in float32, returned in `config.dtype`."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., D) to (..., D)."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.config.param_dtype)
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.config.rms_norm_eps)
+        return (x * scale.astype(jnp.float32)).astype(self.config.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention; q_proj, k_proj and v_proj read the identical array."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, inputs: LayerInputs, window: jax.Array | int | None) -> jax.Array:
+        """x (B, S, D) to (B, S, D); `window` is the layer's sliding window, None for none."""
+        config = self.config
+        dense = partial(
+            nn.Dense,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            kernel_init=nn.initializers.normal(config.initializer_range),
+        )
+        kv_width = config.num_kv_heads * config.head_dim
+        query = dense(config.num_heads * config.head_dim, use_bias=config.qkv_bias, name="q_proj")(x)
+        key = dense(kv_width, use_bias=config.qkv_bias, name="k_proj")(x)
+        value = dense(kv_width, use_bias=config.qkv_bias, name="v_proj")(x)
+        query, key, value = (t.reshape(*x.shape[:2], -1, config.head_dim) for t in (query, key, value))
+        if config.qk_norm:
+            query, key = RMSNorm(config, name="q_norm")(query), RMSNorm(config, name="k_norm")(key)
+        query, key = rotate(query, inputs.cos, inputs.sin), rotate(key, inputs.cos, inputs.sin)
+        if inputs.cache_index is not None:
+            key, value = self._cached("key", key, inputs.cache_index), self._cached("value", value, inputs.cache_index)
+        mask = inputs.mask
+        if window is not None and inputs.distance is not None:
+            mask = mask & (inputs.distance < window)
+        out = attend(query, key, value, mask).reshape(*x.shape[:2], -1)
+        return dense(config.hidden_size, use_bias=config.o_bias, name="o_proj")(out)
+
+    def _cached(self, name: str, new: jax.Array, index: jax.Array) -> jax.Array:
+        """The cache (B, T, K, H) with `new` (B, S, K, H) written from slot `index` on."""
+        cache = self.variable("cache", name, jnp.zeros, new.shape, new.dtype)
+        cache.value = jax.lax.dynamic_update_slice_in_dim(cache.value, new.astype(cache.value.dtype), index, axis=1)
+        return cache.value

@@ -1,0 +1,230 @@
+"""One causal decoder for Llama, Mistral, Qwen and SmolLM, told apart by `DecoderConfig` alone.
+
+Parameter paths are those of Hugging Face with "/" for "." and the layer axis stacked in front:
+
+    embed_tokens/embedding                        (V, D)
+    layers/input_layernorm/scale                  (L, D)
+    layers/self_attn/{q,k,v,o}_proj/kernel        (L, in, out)
+    layers/mlp/{gate,up,down}_proj/kernel         (L, in, out)
+    norm/scale                                    (D,)
+    lm_head/kernel                                (D, V), absent when tied
+
+With `scan_layers=False` the layers are `layers_0`, `layers_1`, ... and their leaves have no layer axis.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mor_jax.models.attention import (
+    Attention,
+    LayerInputs,
+    RMSNorm,
+    default_positions,
+    rotary_tables,
+    visible,
+)
+from mor_jax.models.config import DecoderConfig
+
+_ACTIVATIONS = {
+    "silu": nn.silu,
+    "gelu": partial(nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": partial(nn.gelu, approximate=True),
+    "relu": nn.relu,
+}
+_REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+_NO_WINDOW = jnp.iinfo(jnp.int32).max  # the window of an unlimited layer among limited ones
+_float32_dot = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+
+
+class MLP(nn.Module):
+    """down(act(gate(x)) * up(x)) (arXiv 2002.05202, eq. 6); gate_proj and up_proj read the identical array."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, S, D) to (B, S, D)."""
+        config = self.config
+        dense = partial(
+            nn.Dense,
+            use_bias=config.mlp_bias,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            kernel_init=nn.initializers.normal(config.initializer_range),
+        )
+        gate = dense(config.intermediate_size, name="gate_proj")(x)
+        up = dense(config.intermediate_size, name="up_proj")(x)
+        return dense(config.hidden_size, name="down_proj")(_ACTIVATIONS[config.hidden_act](gate) * up)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm and beside a residual."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, window: jax.Array | int | None, inputs: LayerInputs) -> tuple[jax.Array, None]:
+        """x (B, S, D) to ((B, S, D), None): carry and output, as a scan wants them."""
+        normed = RMSNorm(self.config, name="input_layernorm")(x)
+        x = x + Attention(self.config, name="self_attn")(normed, inputs, window)
+        normed = RMSNorm(self.config, name="post_attention_layernorm")(x)
+        return x + MLP(self.config, name="mlp")(normed), None
+
+
+class Decoder(nn.Module):
+    """A causal language model.
+
+    Example:
+      >>> config = DecoderConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4)
+      >>> ids = jnp.ones((1, 3), jnp.int32)
+      >>> variables = Decoder(config).init(jax.random.key(0), ids)
+      >>> Decoder(config).apply(variables, ids).shape
+      (1, 3, 32)
+    """
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        *,
+        decode: bool = False,
+        output: str = "logits",
+    ) -> jax.Array:
+        """Logits (B, S, V) float32, or hidden states.
+
+        Args:
+          input_ids: (B, S) int32.
+          positions: (B, S) int32 within the segment; None counts from each segment's first token.
+          segment_ids: (B, S) int32, 0 = padding; tokens see earlier ones of their own segment only; None = one segment.
+          decode: read and write the "cache" collection (see `init_cache`, pass `mutable=["cache"]`).
+          output: "logits"; "last" for the logits of the last position alone, (B, 1, V); "hidden" for the final-normed
+            hidden states (B, S, D), which times `head_kernel` are the logits.
+
+        Raises:
+          ValueError: unknown output, or `decode` without a cache.
+        """
+        if output not in ("logits", "last", "hidden"):
+            raise ValueError(f"output must be logits, last or hidden; got {output!r}")
+        config = self.config
+        segment_ids = jnp.ones_like(input_ids) if segment_ids is None else segment_ids
+        index = self._cache_index() if decode else None
+        if positions is None:
+            positions = default_positions(segment_ids) + (0 if index is None else index)
+        positions = jnp.asarray(positions, jnp.int32)
+        keys = self._cache_keys(index, positions, segment_ids) if decode else (positions, segment_ids)
+        cos, sin = rotary_tables(config, positions)
+        windowed = any(window is not None for window in config.windows)
+        distance = positions[:, :, None] - keys[0][:, None, :] if windowed else None
+        inputs = LayerInputs(cos, sin, visible(positions, segment_ids, *keys), distance, index)
+
+        embed = nn.Embed(
+            config.vocab_size,
+            config.hidden_size,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            embedding_init=nn.initializers.normal(config.initializer_range),
+            name="embed_tokens",
+        )
+        x = self._layers(embed(input_ids), inputs, windowed)
+        x = RMSNorm(config, name="norm")(x[:, -1:] if output == "last" else x)
+        if output == "hidden" and not (self.is_initializing() and not config.tie_word_embeddings):
+            return x
+        logits = self._logits(x, embed)
+        return x if output == "hidden" else logits
+
+    def _layers(self, x: jax.Array, inputs: LayerInputs, windowed: bool) -> jax.Array:
+        config = self.config
+        layer = DecoderLayer
+        if config.remat != "none":
+            layer = nn.remat(layer, policy=_REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
+        if not config.scan_layers:
+            for number, window in enumerate(config.windows):
+                x, _ = layer(config, name=f"layers_{number}")(x, window, inputs)
+            return x
+        scanned = nn.scan(
+            layer,
+            variable_axes={"params": 0, "cache": 0, "intermediates": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # flax annotates the single form only
+            length=config.num_layers,
+        )
+        windows = None
+        if windowed:
+            windows = jnp.asarray([_NO_WINDOW if w is None else w for w in config.windows], jnp.int32)
+        return scanned(config, name="layers")(x, windows, inputs)[0]
+
+    def _logits(self, x: jax.Array, embed: nn.Embed) -> jax.Array:
+        config = self.config
+        if config.tie_word_embeddings:
+            table = embed.embedding.astype(config.dtype)
+            return jnp.einsum("bsd,vd->bsv", x, table, preferred_element_type=jnp.float32)
+        return nn.Dense(
+            config.vocab_size,
+            use_bias=False,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            kernel_init=nn.initializers.normal(config.initializer_range),
+            dot_general=_float32_dot,
+            name="lm_head",
+        )(x).astype(jnp.float32)
+
+    def _cache_index(self) -> jax.Array:
+        if not self.has_variable("cache", "index"):
+            raise ValueError(
+                'decode=True needs a cache: add {"cache": init_cache(config, batch, length)} to the variables'
+            )
+        return self.get_variable("cache", "index")
+
+    def _cache_keys(self, index: Any, positions: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Positions and segments of all cache slots, (B, T) each, after this call's tokens are entered."""
+        written = []
+        for name, new in (("positions", positions), ("segment_ids", segment_ids)):
+            slots = jax.lax.dynamic_update_slice_in_dim(self.get_variable("cache", name), new, index, axis=1)
+            self.put_variable("cache", name, slots)
+            written.append(slots)
+        self.put_variable("cache", "index", index + positions.shape[1])
+        return written[0], written[1]
+
+
+def init_cache(config: DecoderConfig, batch_size: int, length: int) -> dict:
+    """An empty key-value cache for `length` tokens a row: the "cache" collection of `Decoder.apply(..., decode=True)`.
+
+    Keys and values are (L, B, length, num_kv_heads, head_dim) in `config.dtype` (without L for loop layers).
+    """
+    shape = (batch_size, length, config.num_kv_heads, config.head_dim)
+
+    def slots(*leading: int) -> dict:
+        return {"self_attn": {name: jnp.zeros((*leading, *shape), config.dtype) for name in ("key", "value")}}
+
+    layers = {"layers": slots(config.num_layers)}
+    if not config.scan_layers:
+        layers = {f"layers_{number}": slots() for number in range(config.num_layers)}
+    return {
+        "index": jnp.zeros((), jnp.int32),
+        "positions": jnp.zeros((batch_size, length), jnp.int32),
+        "segment_ids": jnp.zeros((batch_size, length), jnp.int32),
+        **layers,
+    }
+
+
+def head_kernel(params: dict, config: DecoderConfig) -> jax.Array:
+    """The output matrix (D, V): `lm_head/kernel`, or the transposed embedding when tied."""
+    if config.tie_word_embeddings:
+        return params["embed_tokens"]["embedding"].T
+    return params["lm_head"]["kernel"]
+
+
+def abstract_params(config: DecoderConfig) -> dict:
+    """The parameter tree as `jax.ShapeDtypeStruct`s; nothing is allocated."""
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(Decoder(config).init, jax.random.key(0), ids)["params"]

@@ -1,0 +1,365 @@
+"""Weights between a Hugging Face directory and a parameter tree, one tensor at a time.
+
+One table (`tensor_table`) says which tensor is which leaf; loading and saving read it in the two directions. A linear
+map is (out, in) in the file, (in, out) here; per-layer tensors are the rows of a stacked leaf when layers are scanned.
+Only safetensors are read: never pickle, never code from the directory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from mor_jax.models.config import DecoderConfig
+from mor_jax.models.decoder import abstract_params
+from mor_jax.models.hf_config import ModelFileError, config_to_hf, read_config, read_json
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_COPIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+)
+_DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # recomputed from the config; some old files carry it
+_HEAD = "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of the file and where it lives in the parameter tree."""
+
+    name: str  # in the file
+    path: tuple[str, ...]  # of the leaf
+    layer: int | None  # row of a stacked leaf; None for a leaf of its own
+    shape: tuple[int, ...]  # in the file
+    transpose: bool
+
+
+def _file_name(path: tuple[str, ...], layer: int | None) -> str:
+    *modules, leaf = path
+    if modules[0].startswith("layers"):
+        modules = ["layers", str(layer), *modules[1:]]
+    prefix = [] if modules[0] == "lm_head" else ["model"]
+    return ".".join([*prefix, *modules, "bias" if leaf == "bias" else "weight"])
+
+
+def tensor_table(config: DecoderConfig) -> list[TensorEntry]:
+    """Every tensor of a checkpoint of `config`, layer by layer within each leaf."""
+    table = []
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
+        path = tuple(key.key for key in keys)
+        stacked = path[0] == "layers"
+        transpose = path[-1] == "kernel"
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        shape = shape[::-1] if transpose else shape
+        own = int(path[0].removeprefix("layers_")) if path[0].startswith("layers_") else None
+        rows = range(config.num_layers) if stacked else [own]
+        for row in rows:
+            table.append(TensorEntry(_file_name(path, row), path, row if stacked else None, shape, transpose))
+    return table
+
+
+def _shard_files(directory: Path) -> dict[str, list[str] | None]:
+    """File name -> the tensors that the index promises in it, None for a single file."""
+    if (directory / SINGLE_FILE).is_file():
+        return {SINGLE_FILE: None}
+    if not (directory / INDEX_FILE).is_file():
+        pickled = sorted(file.name for file in directory.glob("*.bin"))
+        hint = f"; {pickled[0]} is a pickle and is never opened: convert it to safetensors" if pickled else ""
+        raise ModelFileError(f"{directory}: neither {SINGLE_FILE} nor {INDEX_FILE} is there{hint}")
+    index = directory / INDEX_FILE
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelFileError(f"{index}: field 'weight_map' must be an object of tensor name to file name")
+    files: dict[str, list[str] | None] = {}
+    for name, file in weight_map.items():
+        plain = isinstance(file, str) and file == Path(file).name and "\\" not in file and file not in (".", "..")
+        if not plain or not file.endswith(".safetensors"):
+            raise ModelFileError(f"{index}: tensor {name!r} is said to be in {file!r}, which is no file name here")
+        if not (directory / file).is_file():
+            raise ModelFileError(f"{index}: tensor {name!r} is said to be in {file}, which is missing")
+        promised = files.setdefault(file, [])
+        assert promised is not None
+        promised.append(name)
+    return files
+
+
+class _Checkpoint:
+    """Open safetensors files of one directory; tensors are read slice by slice."""
+
+    def __init__(self, directory: Path, stack: ExitStack):
+        self.directory = directory
+        self._files: dict[str, Any] = {}
+        self.file_of: dict[str, str] = {}
+        for file, promised in _shard_files(directory).items():
+            try:
+                opened = stack.enter_context(safe_open(directory / file, framework="np"))
+            except SafetensorError as error:
+                raise ModelFileError(f"{directory / file}: not a readable safetensors file ({error})") from None
+            self._files[file] = opened
+            names = set(opened.keys())
+            if promised is not None and set(promised) != names:
+                lost, more = sorted(set(promised) - names), sorted(names - set(promised))
+                raise ModelFileError(f"{directory / file}: the index promises {lost} in vain and does not know {more}")
+            self.file_of.update(dict.fromkeys(names, file))
+
+    def slices(self, name: str) -> Any:
+        return self._files[self.file_of[name]].get_slice(name)
+
+    def check(self, table: list[TensorEntry], config: DecoderConfig) -> None:
+        expected = {entry.name for entry in table}
+        missing = sorted(expected - set(self.file_of))
+        if missing:
+            hint = ""
+            if missing == [_HEAD]:
+                hint = "; if the head is the embedding, config.json must say tie_word_embeddings = true"
+            raise ModelFileError(f"{self.directory}: {_listed(missing)} missing{hint}")
+        extra = sorted(name for name in set(self.file_of) - expected if not _DERIVED.fullmatch(name))
+        if config.tie_word_embeddings and _HEAD in extra:
+            self._check_tied_head()
+            extra.remove(_HEAD)
+        if extra:
+            raise ModelFileError(f"{self.directory}: {_listed(extra)} not part of a {config.model_type} of this config")
+        for entry in table:
+            found = tuple(self.slices(entry.name).get_shape())
+            if found != entry.shape:
+                raise ModelFileError(
+                    f"{self.directory / self.file_of[entry.name]}: tensor {entry.name} has shape {found}, "
+                    f"config.json asks for {entry.shape}"
+                )
+
+    def _check_tied_head(self) -> None:
+        head, embedding = self.slices(_HEAD), self.slices(_EMBEDDING)
+        same = head.get_shape() == embedding.get_shape()
+        rows = head.get_shape()[0]
+        step = 4096
+        if not (
+            same and all(np.array_equal(head[r : r + step], embedding[r : r + step]) for r in range(0, rows, step))
+        ):
+            raise ModelFileError(
+                f"{self.directory}: config.json ties the head to the embedding, but {_HEAD} differs from {_EMBEDDING}"
+            )
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return f"tensor {shown} is" if len(names) == 1 else f"tensors {shown} are"
+
+
+def _read(source: Any, entry: TensorEntry, dtype: Any, index: Any) -> np.ndarray:
+    """The part of a tensor that `index` (slices in our axis order) names, from disk."""
+    where = index[::-1] if entry.transpose else index
+    value = source[where] if where else source[:]
+    value = value.T if entry.transpose else value
+    return np.ascontiguousarray(value.astype(dtype))
+
+
+def _layer_sharding(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    """The sharding of one row of a stacked leaf."""
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
+    return sharding
+
+
+@lru_cache(maxsize=64)
+def _row_setter(sharding: jax.sharding.Sharding) -> Any:
+    """(stacked, row, layer) -> stacked with the row in place, in the memory and sharding of the argument."""
+    return jax.jit(
+        lambda stacked, row, layer: jax.lax.dynamic_update_index_in_dim(stacked, row, layer, axis=0),
+        donate_argnums=0,
+        out_shardings=sharding,
+    )
+
+
+def _load_leaf(
+    checkpoint: _Checkpoint, entries: list[TensorEntry], sharding: jax.sharding.Sharding, dtype: Any
+) -> jax.Array:
+    """One leaf in its sharding; a stacked one is filled row by row, in place."""
+
+    def place(entry: TensorEntry, where: jax.sharding.Sharding) -> jax.Array:
+        shape = entry.shape[::-1] if entry.transpose else entry.shape
+        source = checkpoint.slices(entry.name)
+        return jax.make_array_from_callback(shape, where, partial(_read, source, entry, dtype))
+
+    if entries[0].layer is None:
+        return place(entries[0], sharding)
+    rows = _layer_sharding(sharding)
+    first = place(entries[0], rows)
+    stacked = jnp.zeros((len(entries), *first.shape), dtype, device=sharding)
+    for entry in entries:
+        row = first if entry.layer == 0 else place(entry, rows)
+        stacked = _row_setter(sharding)(stacked, row, jnp.int32(entry.layer))
+        stacked.block_until_ready()  # at most one row lives beside the result
+    return stacked
+
+
+def _tree_get(tree: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def _tree_set(tree: dict, path: tuple[str, ...], value: Any) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
+
+
+def _by_leaf(table: list[TensorEntry]) -> Iterator[list[TensorEntry]]:
+    leaves: dict[tuple[str, ...], list[TensorEntry]] = {}
+    for entry in table:
+        leaves.setdefault(entry.path, []).append(entry)
+    yield from leaves.values()
+
+
+def load_params(directory: str | os.PathLike, config: DecoderConfig, shardings: Any = None, dtype: Any = None) -> dict:
+    """The parameters in a Hugging Face directory, each tensor read straight into its shards.
+
+    Args:
+      directory: holds `model.safetensors`, or `model.safetensors.index.json` and the files that it names.
+      config: what `read_config(directory)` gave; `scan_layers` decides between stacked and per-layer leaves.
+      shardings: pytree of `jax.sharding.Sharding` like the parameters, one sharding for all, or None (default device).
+      dtype: of the leaves; None = `config.param_dtype`.
+
+    Returns:
+      The tree that `Decoder(config).apply({"params": ...})` takes. Beyond it, one tensor is alive at a time.
+
+    Raises:
+      ModelFileError: a file is missing or unreadable, leaves the directory, or a tensor is missing, extra or misshapen.
+    """
+    dtype = jnp.dtype(config.param_dtype if dtype is None else dtype)
+    if shardings is None:
+        shardings = jax.sharding.SingleDeviceSharding(jnp.zeros(()).device)
+    table = tensor_table(config)
+    params: dict = {}
+    with ExitStack() as stack:
+        checkpoint = _Checkpoint(Path(directory), stack)
+        checkpoint.check(table, config)
+        for entries in _by_leaf(table):
+            path = entries[0].path
+            where = shardings if isinstance(shardings, jax.sharding.Sharding) else _tree_get(shardings, path)
+            _tree_set(params, path, _load_leaf(checkpoint, entries, where, dtype))
+    return params
+
+
+def _tensors(params: dict, table: list[TensorEntry]) -> Iterator[tuple[str, np.ndarray]]:
+    """(file name, host array) of each entry, fetched one at a time."""
+    for entry in table:
+        leaf = _tree_get(params, entry.path)
+        value = np.asarray(jax.device_get(leaf if entry.layer is None else leaf[entry.layer]))
+        yield entry.name, np.ascontiguousarray(value.T if entry.transpose else value)
+
+
+def _write_shards(folder: Path, params: dict, table: list[TensorEntry], max_shard_bytes: int) -> None:
+    sizes = [_tree_get(params, e.path).dtype.itemsize * int(np.prod(e.shape)) for e in table]
+    groups: list[list[TensorEntry]] = [[]]
+    filled = 0
+    for entry, size in zip(table, sizes, strict=True):
+        if groups[-1] and filled + size > max_shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(entry)
+        filled += size
+    if len(groups) == 1:
+        save_file(dict(_tensors(params, table)), folder / SINGLE_FILE, metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for number, group in enumerate(groups, start=1):
+        name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        save_file(dict(_tensors(params, group)), folder / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys((entry.name for entry in group), name))
+    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _config_json(params: dict, config: DecoderConfig, source: Path | None) -> dict[str, Any]:
+    """The source's own `config.json` where it describes the same model, else one made from `config`."""
+    dtype = str(jax.tree.leaves(params)[0].dtype)
+    if source is None:
+        return {**config_to_hf(config), "torch_dtype": dtype}
+    ours = {"dtype": "float32", "param_dtype": "float32", "scan_layers": True, "remat": "none"}
+    if replace(read_config(source), **ours) != replace(config, **ours):
+        raise ModelFileError(f"{source / 'config.json'}: describes another model than the one that is saved")
+    values = read_json(source / "config.json")
+    values["dtype" if "dtype" in values else "torch_dtype"] = dtype
+    return values
+
+
+def save_params(
+    params: dict,
+    config: DecoderConfig,
+    directory: str | os.PathLike,
+    source_dir: str | os.PathLike | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a Hugging Face directory that `load_params` and `transformers` read back.
+
+    The directory is written beside its final place and renamed, so that it is there whole or not at all.
+
+    Args:
+      params: the parameter tree; each tensor keeps its dtype.
+      config: its config.
+      directory: to be made; must not exist, or be empty.
+      source_dir: the directory that the base came from: its `config.json`, tokenizer files and generation defaults are
+        carried over.
+      max_shard_bytes: files larger than this are split and get an index; one file's tensors are in memory at a time.
+
+    Raises:
+      FileExistsError: `directory` is there and not empty.
+      ModelFileError: `source_dir` describes another model.
+      ValueError: a leaf has another shape than `config` says.
+    """
+    target = Path(directory)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is not empty: choose another directory")
+    source = None if source_dir is None else Path(source_dir)
+    _check_shapes(params, config)
+    values = _config_json(params, config, source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        folder = Path(scratch) / target.name
+        folder.mkdir()
+        _write_shards(folder, params, tensor_table(config), max_shard_bytes)
+        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        if source is not None:
+            for pattern in _COPIED:
+                for file in source.glob(pattern):
+                    shutil.copy(file, folder / file.name)
+        os.replace(folder, target)
+
+
+def _check_shapes(params: dict, config: DecoderConfig) -> None:
+    expected = jax.tree_util.tree_flatten_with_path(abstract_params(config))[0]
+    found = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+    for path, leaf in expected:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if path not in found:
+            raise ValueError(f"parameter {name} is missing")
+        if found[path].shape != leaf.shape:
+            raise ValueError(f"parameter {name} has shape {found[path].shape}, the config asks for {leaf.shape}")
+    if len(found) != len(expected):
+        extra = {
+            jax.tree_util.keystr(path, simple=True, separator="/") for path in found.keys() - dict(expected).keys()
+        }
+        raise ValueError(f"parameters {sorted(extra)} have no place in a {config.model_type} checkpoint")

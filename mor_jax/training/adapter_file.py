@@ -1,0 +1,201 @@
+"""The trained adapter alone, as three files that need nothing of this package to be read.
+
+    adapter/adapter.safetensors   "layers/mlp/up_proj/a", …; leaves that no gradient reached under "state:"
+    adapter/adapter.json          methods and options by site, base fingerprint, shapes, format version
+    adapter/manifest.json         checksums, written last
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mor_jax.adapters import Adapter, Leaves
+from mor_jax.adapters.registry import make_adapter
+from mor_jax.injection import AdapterPlan, init_leaves, resolve_sites
+from mor_jax.training.checkpoint import fingerprint
+from mor_jax.training.integrity import check_manifest, write_manifest
+
+WEIGHTS = "adapter.safetensors"
+DESCRIPTION = "adapter.json"
+FORMAT_VERSION = 1
+_STATE = "state:"
+
+
+class AdapterFileError(ValueError):
+    """An adapter folder cannot be read, or is not for this base; names file, field and remedy."""
+
+    exit_code = 2
+
+
+def save_adapter(
+    directory: str | Path, plan: AdapterPlan, leaves: Leaves, metadata: Mapping[str, Any] | None = None
+) -> Path:
+    """Writes the adapter beside `directory` and renames it into place, replacing an older one.
+
+    Args:
+      directory: the folder to make.
+      plan: where the adapters sit and what they are.
+      leaves: their arrays, whole; dtypes are kept.
+      metadata: JSON fields for `adapter.json` beside the methods: `base_fingerprint`, `tasks`, `steps` and so on.
+
+    Returns:
+      Path of the folder.
+    """
+    from safetensors.numpy import save_file
+
+    directory = Path(directory)
+    beside = directory.with_name(directory.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    tensors = _tensors(leaves)
+    save_file(tensors, str(beside / WEIGHTS))
+    description = _describe(plan) | {"shapes": {name: list(value.shape) for name, value in tensors.items()}}
+    description |= dict(metadata or {})
+    (beside / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    write_manifest(beside)
+    old = directory.with_name(directory.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        os.replace(directory, old)
+    os.replace(beside, directory)
+    shutil.rmtree(old, ignore_errors=True)
+    return directory
+
+
+def load_adapter(
+    directory: str | Path, model: nn.Module, params: Mapping[str, Any], *example: Any, check_base: bool = True
+) -> tuple[AdapterPlan, Leaves, dict[str, Any]]:
+    """The adapter in a folder, resolved against a model.
+
+    Args:
+      directory: of `save_adapter`.
+      model: the base it was trained on.
+      params: the base's parameters, for their fingerprint and for leaves that are rebuilt from them.
+      *example: example inputs of the model, arrays or shapes.
+      check_base: whether another base than the adapter's own is an error.
+
+    Returns:
+      (plan, leaves, metadata): the metadata are the fields of `adapter.json`.
+
+    Raises:
+      IntegrityError: a file fails its check.
+      AdapterFileError: the format is newer, the base is another, or names or shapes do not fit.
+    """
+    from safetensors.numpy import load_file
+
+    directory = Path(directory)
+    metadata = read_description(directory)
+    plan = resolve_plan(metadata, model, *example)
+    stored = metadata.get("base_fingerprint")
+    if check_base and stored is not None and stored != fingerprint(params):
+        raise AdapterFileError(f"{directory / DESCRIPTION}: base_fingerprint is not that of this base: load its own base")
+    expected = jax.eval_shape(lambda key, params: init_leaves(key, plan, params), jax.random.key(0), params)
+    tensors = load_file(str(directory / WEIGHTS))
+    _compare(directory, {name: leaf.shape for name, leaf in _named(expected)}, {k: v.shape for k, v in tensors.items()})
+    constants: Any = {}
+    if jax.tree.leaves(expected.constants):
+        seed = jax.random.fold_in(jax.random.key(int(metadata.get("seed", 0))), 0)
+        constants = init_leaves(seed, plan, params).constants
+    loaded = {name: jnp.asarray(tensors[name]) for name, _ in _named(expected)}
+    treedef = jax.tree.structure((expected.params, expected.state))
+    trees = jax.tree.unflatten(treedef, [loaded[name] for name, _ in _named(expected)])
+    return plan, Leaves(trees[0], trees[1], constants), metadata
+
+
+def read_description(directory: str | Path) -> dict[str, Any]:
+    """`adapter.json` of a folder whose files all pass their check.
+
+    Raises:
+      AdapterFileError: there is no such folder, or its format is newer than this package.
+      IntegrityError: a file fails its check.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise AdapterFileError(f"{directory}: no such folder: give the adapter/ folder of a run")
+    check_manifest(directory)
+    metadata = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
+    version = metadata.get("version")
+    if version != FORMAT_VERSION:
+        raise AdapterFileError(
+            f"{directory / DESCRIPTION}: version={version!r} and this package reads {FORMAT_VERSION}: upgrade mor_jax"
+        )
+    return metadata
+
+
+def resolve_plan(metadata: Mapping[str, Any], model: nn.Module, *example: Any) -> AdapterPlan:
+    """The plan that `adapter.json` describes, on a model whose sites have the same paths.
+
+    Raises:
+      InjectionError: the model lacks one of the sites.
+    """
+    sites = {f"(?:{re.escape(path)})": _adapter_of(entry) for path, entry in metadata["sites"].items()}
+    first = next(iter(sites.values()))
+    overrides = tuple((path, adapter) for path, adapter in sites.items() if adapter != first)
+    return resolve_sites(
+        model,
+        first,
+        tuple(sites),
+        *example,
+        overrides=overrides,
+        trained_modules=tuple(metadata["trained_modules"]),
+        fuse=bool(metadata["fuse"]),
+    )
+
+
+def _describe(plan: AdapterPlan) -> dict[str, Any]:
+    sites = {}
+    for adapted in plan.sites:
+        options = {f.name: getattr(adapted.adapter, f.name) for f in dataclasses.fields(adapted.adapter) if f.init}
+        sites[adapted.site.path] = {
+            "method": adapted.adapter.name,
+            "options": options,
+            "in_features": adapted.site.in_features,
+            "out_features": adapted.site.out_features,
+            "num_layers": adapted.site.num_layers,
+        }
+    main = plan.sites[0].adapter.name if plan.sites else ""
+    return {
+        "version": FORMAT_VERSION,
+        "method": main,
+        "sites": sites,
+        "trained_modules": list(plan.trained_modules),
+        "fuse": plan.fuse,
+    }
+
+
+def _adapter_of(entry: Mapping[str, Any]) -> Adapter:
+    return make_adapter(entry["method"], **entry["options"])
+
+
+def _named(leaves: Leaves) -> list[tuple[str, Any]]:
+    """(name in the file, leaf) in the order of `jax.tree.leaves((params, state))`."""
+    pairs = []
+    for prefix, tree in (("", leaves.params), (_STATE, leaves.state)):
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            pairs.append((prefix + jax.tree_util.keystr(path, simple=True, separator="/"), leaf))
+    return pairs
+
+
+def _tensors(leaves: Leaves) -> dict[str, np.ndarray]:
+    return {name: np.ascontiguousarray(np.asarray(leaf)) for name, leaf in _named(leaves)}
+
+
+def _compare(directory: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    for problem, names in (("is missing", expected.keys() - found.keys()), ("is extra", found.keys() - expected.keys())):
+        if names:
+            raise AdapterFileError(f"{directory / WEIGHTS}: {min(names)} {problem} ({len(names)} such): another model or method?")
+    for name, shape in expected.items():
+        if tuple(found[name]) != tuple(shape):
+            raise AdapterFileError(f"{directory / WEIGHTS}: {name} has shape {found[name]}, the model needs {shape}")

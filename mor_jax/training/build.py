@@ -1,0 +1,213 @@
+"""From a configuration to everything a run needs: model, data, adapters, mesh, loss and optimiser.
+
+All that can be wrong with the input is found here, before a file is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mor_jax.data import load_examples, make_iterator, make_plan, parse_sources, single_pass
+from mor_jax.injection import Adapted, AdapterPlan, resolve_sites
+from mor_jax.models import Decoder, DecoderConfig, abstract_params, head_kernel, load_params, read_config
+from mor_jax.training.config import ConfigError, TrainConfig
+from mor_jax.training.mesh import check_batch, make_mesh, param_specs, shardings_of
+from mor_jax.training.metrics import TargetRow
+from mor_jax.training.optimizer import make_optimizer, optimizer_bytes, plan_decay_mask
+from mor_jax.training.step import Loss, language_model_loss
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class Batches(Protocol):
+    """An endless iterator over batches whose place can be saved as JSON."""
+
+    def __next__(self) -> Any:
+        """{name: (B, S) int32}."""
+        ...
+
+    def get_state(self) -> dict[str, Any]:
+        """What decides the next batch."""
+        ...
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to where `get_state` was taken."""
+        ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the loop runs; `build_run` makes one for a Hugging Face decoder, anyone may make one for another model.
+
+    Attributes:
+      config: of the run; the loop reads steps, seed, accumulate, output_dir and the like.
+      adapted: the model with its plan.
+      params: the frozen base, on `mesh` as `specs` say.
+      mesh: where everything lives.
+      specs: pytree of `PartitionSpec` like `params`.
+      loss: (variables, batch, adapter_inputs) -> (loss_sum, token_count).
+      optimizer: any of optax's.
+      batches: of training.
+      eval_batches: makes a pass over held-out batches; None where there are none.
+      tasks: names of the tasks, in the order of their ids.
+    """
+
+    config: TrainConfig
+    adapted: Adapted
+    params: Any
+    mesh: jax.sharding.Mesh
+    specs: Any
+    loss: Loss
+    optimizer: optax.GradientTransformation
+    batches: Batches
+    eval_batches: Callable[[], Iterable[Any]] | None = None
+    tasks: tuple[str, ...] = ()
+
+    @property
+    def plan(self) -> AdapterPlan:
+        """Where the adapters sit."""
+        assert self.adapted.plan is not None
+        return self.adapted.plan
+
+
+def build_run(config: TrainConfig, optimizer: optax.GradientTransformation | None = None) -> Run:
+    """The run that `config` describes.
+
+    Args:
+      config: names model and data.
+      optimizer: made in Python, instead of the one `config` names.
+
+    Raises:
+      ConfigError, MeshError, ModelFileError, DataError, InjectionError: bad input; nothing was written.
+    """
+    if not config.model or not config.data:
+        name, remedy = ("data", "at least one file of records") if config.model else ("model", "a Hugging Face directory")
+        raise ConfigError(f"{name}={getattr(config, name)!r}: give {remedy}")
+    if config.compile_cache:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.compile_cache).absolute()))
+    mesh = choose_mesh(config)
+    shape = decoder_config(config)
+    decoder = Decoder(shape)
+    plan = resolve_sites(
+        decoder,
+        config.adapter(),
+        config.target_modules,
+        jax.ShapeDtypeStruct((1, 8), jnp.int32),
+        overrides=config.override_adapters(),
+        trained_modules=config.trained_modules,
+    )
+    optimizer = make_optimizer(config, optimizer, plan_decay_mask(plan))
+    specs = param_specs(abstract_params(shape), mesh)
+    batches, eval_batches, tasks = _data(config, shape)
+    params = load_params(config.model, shape, shardings_of(specs, mesh))
+    adapted = Adapted(base=decoder, plan=plan)
+    loss = language_model_loss(adapted, frozen_head(plan, shape), config.loss_chunk)
+    return Run(config, adapted, params, mesh, specs, loss, optimizer, batches, eval_batches, tasks)
+
+
+def decoder_config(config: TrainConfig) -> DecoderConfig:
+    """The base's shape with the run's dtypes, scan and remat; reads `config.json` only."""
+    return dataclasses.replace(
+        read_config(config.model),
+        dtype=config.dtype,
+        param_dtype=config.param_dtype or config.dtype,
+        scan_layers=config.scan_layers,
+        remat=config.remat,
+    )
+
+
+def choose_mesh(config: TrainConfig) -> jax.sharding.Mesh:
+    """The mesh of `config`; without one, as many devices on the data axis as divide a micro-batch.
+
+    Raises:
+      MeshError: the mesh does not fit the devices or the batch.
+    """
+    if config.mesh:
+        mesh = make_mesh(config.mesh)
+        check_batch(mesh, config.batch_size, config.accumulate)
+        return mesh
+    rows, count = config.batch_size // config.accumulate, jax.device_count()
+    used = max(n for n in range(1, count + 1) if rows % n == 0)
+    if used < count:
+        _LOGGER.warning("batch_size=%d uses %d of %d devices: a multiple uses all", config.batch_size, used, count)
+    return make_mesh(f"data={used}")
+
+
+def frozen_head(plan: AdapterPlan, shape: DecoderConfig) -> Callable[[Any], jax.Array] | None:
+    """params -> (D, V), or None where the head is adapted or trained and whole logits are needed."""
+    head = "embed_tokens" if shape.tie_word_embeddings else "lm_head"
+    if head in plan.trained_modules or any(path.endswith("lm_head") for path in plan.paths):
+        _LOGGER.warning("the output head is trained: the loss holds whole logits instead of chunks")
+        return None
+    return lambda params: head_kernel(params, shape)
+
+
+def _data(config: TrainConfig, shape: DecoderConfig) -> tuple[Batches, Callable[[], Iterable[Any]] | None, tuple[str, ...]]:
+    tokenizer = _tokenizer(config.model)
+    mode = "best_fit" if config.packing else "padded"
+    examples = load_examples(parse_sources(config.data), tokenizer, config.sequence_length, config.overlong)
+    largest = int(examples.tokens.max())
+    if largest >= shape.vocab_size:
+        raise ConfigError(f"model={config.model!r}: its tokenizer gives {largest} and vocab_size is {shape.vocab_size}")
+    for name in ("truncated", "dropped", "empty"):
+        if getattr(examples, name):
+            _LOGGER.warning("%d of the examples were %s", getattr(examples, name), name)
+    plan = make_plan(examples, config.sequence_length, config.seed, mode)
+    batches = make_iterator(examples, plan, config.batch_size, config.seed)
+    if not config.eval_data:
+        return batches, None, examples.tasks
+    sources = parse_sources(config.eval_data)
+    tasks = examples.tasks
+    if len(tasks) == 1:
+        sources = tuple(dataclasses.replace(source, task=tasks[0]) for source in sources)
+    held_out = load_examples(sources, tokenizer, config.sequence_length, config.overlong, tasks=tasks)
+    held_plan = make_plan(held_out, config.sequence_length, config.seed, mode)
+    most = config.eval_batches or None
+    return batches, lambda: itertools.islice(single_pass(held_out, held_plan, config.batch_size), most), tasks
+
+
+def _tokenizer(directory: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"model={directory!r}: no readable tokenizer ({reason}): copy its files there") from error
+
+
+def target_rows(run: Run, adapters: Any) -> list[TargetRow]:
+    """The table before step one: adapted sites, gates, trained modules, then all that is only frozen."""
+    rows, counted = [], 0
+    for adapted in run.plan.sites:
+        site = adapted.site
+        frozen = site.num_layers * site.in_features * site.out_features
+        counted += frozen
+        shape = f"{site.num_layers} x ({site.in_features}, {site.out_features})"
+        rank = str(getattr(adapted.adapter, "rank", ""))
+        rows.append(_row(run, adapters, site.path, shape, f"{rank} {adapted.adapter.name}".strip(), frozen))
+    for path, adapted in run.plan.gates.items():
+        rows.append(_row(run, adapters, path, f"gate of {adapted.gate_features}", "", 0))
+    for path in run.plan.trained_modules:
+        rows.append(_row(run, adapters, path, "trained module", "", 0))
+    total = sum(leaf.size for leaf in jax.tree.leaves(run.params))
+    return [*rows, TargetRow("all else", "", "", 0, total - counted, 0)]
+
+
+def _row(run: Run, adapters: Any, path: str, shape: str, rank: str, frozen: int) -> TargetRow:
+    own = {path: adapters[path]}
+    trainable = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(own))
+    return TargetRow(path, shape, rank, trainable, frozen, optimizer_bytes(run.optimizer, own))
+
+

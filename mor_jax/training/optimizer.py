@@ -1,0 +1,115 @@
+"""Learning-rate schedules and any optax optimiser by name: clip -> optimiser with masked weight decay.
+
+Adapters come stacked over layers, so whether a leaf is a matrix (and decays) is asked of one layer's leaf: vectors
+such as magnitudes and gate offsets never decay.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from mor_jax.injection import AdapterPlan
+from mor_jax.training.config import ConfigError, TrainConfig
+
+
+def make_schedule(config: TrainConfig) -> optax.Schedule:
+    """Learning rate of each optimiser step: linear warm-up to the peak, then cosine, linear or constant.
+
+    The peak is reached at step `warmup_steps`, the final rate at step `steps`.
+    """
+    peak, final = config.learning_rate, config.learning_rate * config.final_learning_rate_ratio
+    rest = max(1, config.steps - config.warmup_steps)
+    if config.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(peak, final, rest)
+    else:
+        after = optax.cosine_decay_schedule(peak, rest, alpha=config.final_learning_rate_ratio)
+    if config.warmup_steps == 0:
+        return after
+    warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def decay_mask(params: Any, stacked: Callable[[str], int] | None = None) -> Any:
+    """True for every leaf with two axes or more in one layer, False for vectors.
+
+    Args:
+      params: pytree of arrays.
+      stacked: number of leading layer axes of the leaf at a path ("layers/q_proj/a"); None takes one for paths that
+        start with "layers/", as injection stacks them.
+    """
+
+    def mask(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        layers = stacked(name) if stacked is not None else int(name.startswith("layers/"))
+        return leaf.ndim - layers >= 2
+
+    return jax.tree.map_with_path(mask, params)
+
+
+def plan_decay_mask(plan: AdapterPlan) -> Callable[[Any], Any]:
+    """`decay_mask` that knows from the plan how many layer axes each leaf has."""
+    layers = {adapted.site.path: len(adapted.stack_sizes) for adapted in plan.sites}
+    layers |= {path: len(adapted.stack_sizes) for path, adapted in plan.gates.items()}
+    return lambda params: decay_mask(params, lambda name: layers.get(name.rpartition("/")[0], 0))
+
+
+def make_optimizer(
+    config: TrainConfig,
+    inner: optax.GradientTransformation | None = None,
+    mask: Callable[[Any], Any] = decay_mask,
+) -> optax.GradientTransformationExtraArgs:
+    """The optimiser of a run.
+
+    Args:
+      config: names the optimiser, its options, rate, decay and clipping.
+      inner: an optimiser made in Python to use instead of `config.optimizer`; its rate and decay are its own.
+      mask: params -> pytree of bools, True where weights decay.
+
+    Raises:
+      ConfigError: optax has no optimiser of that name (the nearest are listed), or it lacks an option.
+    """
+    if inner is None:
+        inner = _by_name(config, mask)
+    steps = [inner] if config.clip_norm == 0 else [optax.clip_by_global_norm(config.clip_norm), inner]
+    return optax.with_extra_args_support(optax.chain(*steps))
+
+
+def _by_name(config: TrainConfig, mask: Callable[[Any], Any]) -> optax.GradientTransformation:
+    make = getattr(optax, config.optimizer, None)
+    parameters = inspect.signature(make).parameters if callable(make) else {}
+    if "learning_rate" not in parameters:
+        names = [name for name in dir(optax) if _takes_learning_rate(getattr(optax, name))]
+        near = difflib.get_close_matches(config.optimizer, names, n=3) or names
+        raise ConfigError(f"optimizer={config.optimizer!r}: optax has no such optimiser: try {', '.join(near)}")
+    options: dict[str, Any] = dict(config.optimizer_options)
+    decay = None
+    if "weight_decay" in parameters and "mask" in parameters:
+        options = {"weight_decay": config.weight_decay, "mask": mask} | options
+    elif config.weight_decay:
+        decay = optax.add_decayed_weights(config.weight_decay, mask)
+    for name in options:
+        if name not in parameters:
+            near = difflib.get_close_matches(name, list(parameters), n=3) or list(parameters)
+            raise ConfigError(f"optimizer_options: {config.optimizer} has no {name!r}: try {', '.join(near)}")
+    made = make(learning_rate=make_schedule(config), **options)
+    return made if decay is None else optax.chain(decay, made)
+
+
+def _takes_learning_rate(candidate: Any) -> bool:
+    if not inspect.isfunction(candidate):
+        return False
+    return "learning_rate" in inspect.signature(candidate).parameters
+
+
+def optimizer_bytes(optimizer: optax.GradientTransformation, params: Any) -> int:
+    """Bytes of the optimiser's state for `params` (arrays or shapes); allocates nothing."""
+    state = jax.eval_shape(optimizer.init, params)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))

@@ -1,0 +1,319 @@
+"""The pure training step, used alike by the training loop and the benchmarks.
+
+    prepare_leaves ──vjp──┐   once a step, outside the micro-batches
+    micro-batch 1..A ─────┤   lax.scan: sums of the loss, of its gradients and of the router statistics
+    divide once by the token count of the whole batch, pull the sums back through prepare, clip, update
+
+Because the loss is a sum of token losses divided once, accumulation, padding and packing do not change it. The base is
+an argument of the step: never in the state, never donated. A non-finite loss, gradient or update leaves every leaf of
+the state as it was and is told in the metrics.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh, PartitionSpec
+
+from mor_jax.adapters import AdapterInputs, Leaves
+from mor_jax.injection import Adapted, AdapterPlan, adapter_specs, init_leaves, init_probes, prepare_leaves
+from mor_jax.training.losses import chunked_cross_entropy, cross_entropy
+from mor_jax.training.mesh import batch_sharding, replicated, shardings_of
+
+Params = Mapping[str, Any]
+Batch = Mapping[str, Array]
+Loss = Callable[[Mapping[str, Any], Batch, AdapterInputs], tuple[Array, Array]]  # -> (loss sum, token count), float32
+
+
+class NonFiniteError(FloatingPointError):
+    """The loss, a gradient or an update was not finite; the state is that of the step before."""
+
+    exit_code = 3
+
+    def __init__(self, step: int, leaf: str):
+        self.step, self.leaf = step, leaf
+        super().__init__(f"step {step}: {leaf} is not finite: lower learning_rate, or check the data of this step")
+
+
+class TrainState(NamedTuple):
+    """Everything that training changes.
+
+    Attributes:
+      step: int32 scalar, optimiser steps done.
+      adapters: trained leaves, {site path: {leaf: array}}, float32.
+      adapter_state: saved leaves that no gradient reaches, in the same layout.
+      opt_state: the optimiser's.
+      rule_state: of the methods' rules; empty for methods without.
+      key: (2,) uint32, the data of the root key; the key of a step is `fold_in(key, step)`.
+    """
+
+    step: Array
+    adapters: Any
+    adapter_state: Any
+    opt_state: Any
+    rule_state: Any
+    key: Array
+
+
+def language_model_loss(
+    adapted: Adapted, head: Callable[[Params], Array] | None = None, chunk: int = 1024, softcap: float | None = None
+) -> Loss:
+    """The next-token loss of a decoder.
+
+    Args:
+      adapted: around a decoder with arguments (input_ids, positions, segment_ids, output=).
+      head: params -> (D, V), the frozen head: the loss then runs over chunks of tokens. None takes whole logits, as a
+        head that is itself trained or adapted needs.
+      chunk: tokens whose logits are alive at a time.
+      softcap: of the logits, or None.
+
+    Returns:
+      (variables, batch, adapter_inputs) -> (loss_sum, token_count), float32 scalars.
+    """
+
+    def loss(variables, batch, inputs):
+        arguments = (batch["input_ids"], batch["positions"], batch["segment_ids"])
+        if head is None:
+            logits = adapted.apply(variables, *arguments, adapter_inputs=inputs)
+            return cross_entropy(logits, batch["targets"], batch["loss_mask"])
+        hidden = adapted.apply(variables, *arguments, output="hidden", adapter_inputs=inputs)
+        kernel = jax.lax.stop_gradient(head(variables["params"]))
+        return chunked_cross_entropy(hidden, kernel, batch["targets"], batch["loss_mask"], chunk, softcap)
+
+    return loss
+
+
+def leaf_names(adapters: Any) -> tuple[str, ...]:
+    """What `metrics["bad_leaf"]` counts: the loss, then each gradient, then each update."""
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(adapters)]
+    return ("loss", *(f"gradient of {path}" for path in paths), *(f"update of {path}" for path in paths))
+
+
+@dataclass(frozen=True)
+class Step:
+    """A compiled step: `step(state, params, batch) -> (state, metrics)`; the state is donated.
+
+    `metrics` holds float32 scalars `loss` (mean over the tokens), `tokens`, `gradient_norm`; int32 `bad_leaf` (an index
+    into `leaf_names`, -1 when all is finite); and `statistics`, {site: {name: sums over tokens}}.
+    """
+
+    function: Any
+    constants: Any
+    names: tuple[str, ...]
+
+    def __call__(self, state: TrainState, params: Params, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        """One optimiser step."""
+        return self.function(state, params, self.constants, batch)
+
+    def lower(self, state: Any, params: Any, batch: Any) -> Any:
+        """The lowered program, for arrays or shapes."""
+        return self.function.lower(state, params, self.constants, batch)
+
+    def cache_size(self) -> int:
+        """How many programs were compiled."""
+        return self.function._cache_size()
+
+
+@dataclass(frozen=True)
+class StateShardings:
+    """Where everything of a step lives."""
+
+    state: Any
+    params: Any
+    constants: Any
+    batch: Any
+    metrics: Any
+
+
+def init_state(
+    key: Array,
+    adapted: Adapted,
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    specs: Any = None,
+) -> tuple[TrainState, Any, StateShardings | None]:
+    """The state before step one, made on the devices where it stays.
+
+    Args:
+      key: typed PRNG key of the run.
+      adapted: with a resolved plan.
+      params: the frozen base.
+      optimizer: its state is made here.
+      mesh: None leaves everything on the default device.
+      specs: pytree of `PartitionSpec` like `params`; needed with a mesh.
+
+    Returns:
+      (state, constants of the adapters, shardings or None). The shardings are explicit, so that the second step finds
+      what the first compiled.
+    """
+    plan = _plan(adapted)
+
+    def make(key, params):
+        leaves = init_leaves(jax.random.fold_in(key, 0), plan, params)
+        root = jax.random.key_data(jax.random.fold_in(key, 1))
+        opt_state = optimizer.init(leaves.params)
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, leaves.params, leaves.state, opt_state, {}, root), leaves.constants
+
+    if mesh is None:
+        state, constants = jax.jit(make)(key, params)
+        return state, constants, None
+    abstract, constants = jax.eval_shape(make, key, params)
+    shardings = state_shardings(plan, abstract, constants, optimizer, specs, mesh)
+    state, constants = jax.jit(
+        make, in_shardings=(replicated(mesh), shardings.params), out_shardings=(shardings.state, shardings.constants)
+    )(key, params)
+    return state, constants, shardings
+
+
+def state_shardings(
+    plan: AdapterPlan, state: TrainState, constants: Any, optimizer: Any, specs: Any, mesh: Mesh
+) -> StateShardings:
+    """Shardings for an (abstract) state: adapters follow their kernels, moments follow their adapters."""
+    known = adapter_specs(plan, specs)
+
+    def spec(path, _):
+        found: Any = known
+        for part in path:
+            found = found.get(part.key, PartitionSpec()) if isinstance(found, Mapping) else found
+        return found if isinstance(found, PartitionSpec) else PartitionSpec()
+
+    own = jax.tree.map_with_path(spec, state.adapters)
+    whole = lambda tree: jax.tree.map(lambda _: PartitionSpec(), tree)  # noqa: E731 - one line, used thrice
+    moments = optax.tree.map_params(
+        optimizer, lambda _, spec: spec, state.opt_state, own, transform_non_params=lambda _: PartitionSpec()
+    )
+    state_specs = TrainState(
+        PartitionSpec(), own, whole(state.adapter_state), moments, whole(state.rule_state), PartitionSpec()
+    )
+    return StateShardings(
+        state=shardings_of(state_specs, mesh),
+        params=shardings_of(specs, mesh),
+        constants=shardings_of(whole(constants), mesh),
+        batch=batch_sharding(mesh),
+        metrics=replicated(mesh),
+    )
+
+
+def make_step(
+    adapted: Adapted,
+    optimizer: optax.GradientTransformation,
+    *,
+    loss: Loss,
+    accumulate: int = 1,
+    num_tasks: int = 0,
+    constants: Any = None,
+    shardings: StateShardings | None = None,
+    adapters: Any = None,
+) -> Step:
+    """The compiled training step.
+
+    Args:
+      adapted: with a resolved plan.
+      optimizer: any optax optimiser, clipping and schedule inside.
+      loss: as `language_model_loss` returns it.
+      accumulate: micro-batches a batch is split into; row i goes to micro-batch i mod `accumulate`.
+      num_tasks: tasks that the router statistics tell apart.
+      constants: of `init_state`.
+      shardings: of `init_state`; None compiles for wherever the arguments are.
+      adapters: (abstract) trained leaves, for the names in `Step.names`.
+    """
+    plan = _plan(adapted)
+    tx = optax.with_extra_args_support(optimizer)
+    deterministic = not any(site.adapter.dropout for site in plan.sites)
+
+    def step(state: TrainState, params, constants, batch):
+        leaves = Leaves(state.adapters, state.adapter_state, constants)
+        base = AdapterInputs(deterministic=deterministic, num_tasks=num_tasks)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl="threefry2x32"), state.step)
+        total, tokens, gradient, statistics = _sums(plan, loss, leaves, params, batch, base, key, accumulate)
+        scale = 1.0 / jnp.maximum(tokens, 1.0)
+        mean, gradient = total * scale, jax.tree.map(lambda g: g * scale, gradient)
+        updates, opt_state = tx.update(gradient, state.opt_state, state.adapters)
+        bad = _first_bad(mean, gradient, updates)
+        new = state._replace(
+            step=state.step + 1, adapters=optax.apply_updates(state.adapters, updates), opt_state=opt_state
+        )
+        new = jax.tree.map(lambda after, before: jnp.where(bad < 0, after, before), new, state)
+        metrics = {"loss": mean, "tokens": tokens, "gradient_norm": optax.tree.norm(gradient), "bad_leaf": bad}
+        return new, metrics | {"statistics": statistics}
+
+    options: dict[str, Any] = {"donate_argnums": 0}
+    if shardings is not None:
+        options["in_shardings"] = (shardings.state, shardings.params, shardings.constants, shardings.batch)
+        options["out_shardings"] = (shardings.state, shardings.metrics)
+    return Step(jax.jit(step, **options), {} if constants is None else constants, leaf_names(adapters or {}))
+
+
+def _plan(adapted: Adapted) -> AdapterPlan:
+    if adapted.plan is None:
+        raise ValueError("training needs Adapted(base, plan=...): resolve_sites makes the plan")
+    return adapted.plan
+
+
+def _first_bad(loss: Array, gradient: Any, updates: Any) -> Array:
+    flags = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((loss, gradient, updates))]
+    good = jnp.stack(flags)
+    return jnp.where(jnp.all(good), -1, jnp.argmin(good)).astype(jnp.int32)
+
+
+def _sums(plan, loss, leaves, params, batch, base, key, accumulate):
+    """(loss sum, token count, gradient of the loss sum for the adapters, statistics) over all micro-batches."""
+    frozen = {id(leaf) for leaf in jax.tree.leaves((leaves.state, leaves.constants))}
+    structure: list[Any] = []
+
+    def prepare(adapters):
+        prepared, treedef = jax.tree.flatten(prepare_leaves(plan, leaves._replace(params=adapters), params))
+        trained = [id(leaf) not in frozen and jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in prepared]
+        structure[:] = [treedef, trained]
+        own = [leaf for leaf, is_trained in zip(prepared, trained, strict=True) if is_trained]
+        return own, [leaf for leaf, is_trained in zip(prepared, trained, strict=True) if not is_trained]
+
+    own, pullback, others = jax.vjp(prepare, leaves.params, has_aux=True)
+    treedef, trained = structure
+
+    def micro_loss(own, probes, batch, key):
+        first, second = iter(own), iter(others)
+        whole = treedef.unflatten([next(first if is_trained else second) for is_trained in trained])
+        collections = {"adapters": whole.params, "adapter_state": whole.state, "adapter_constants": whole.constants}
+        return loss({"params": params, **collections, "adapter_probes": probes}, batch, _inputs(base, batch, key))
+
+    probes = init_probes(plan, base.num_tasks)
+
+    def micro_step(sums, inputs):
+        number, rows = inputs
+        key_of_rows = jax.random.fold_in(key, number)
+        (total, tokens), gradients = jax.value_and_grad(micro_loss, argnums=(0, 1), has_aux=True)(
+            own, probes, rows, key_of_rows
+        )
+        return jax.tree.map(jnp.add, sums, (total, tokens, *gradients)), None
+
+    zero = jnp.zeros((), jnp.float32)
+    sums = (zero, zero, jax.tree.map(jnp.zeros_like, own), probes)
+    if accumulate == 1:
+        sums, _ = micro_step(sums, (jnp.zeros((), jnp.int32), dict(batch)))
+    else:
+        rows = {name: _split_rows(value, accumulate) for name, value in batch.items()}
+        sums, _ = jax.lax.scan(micro_step, sums, (jnp.arange(accumulate), rows))
+    total, tokens, gradient, statistics = sums
+    return total, tokens, pullback(gradient)[0], statistics
+
+
+def _split_rows(value: Array, accumulate: int) -> Array:
+    """(B, ...) -> (A, B / A, ...): every device deals its own rows over the micro-batches."""
+    return jnp.swapaxes(value.reshape(value.shape[0] // accumulate, accumulate, *value.shape[1:]), 0, 1)
+
+
+def _inputs(base: AdapterInputs, batch: Batch, key: Array | None) -> AdapterInputs:
+    """What adapters know of a micro-batch; balance losses weigh as many tokens as it has."""
+    known = {name: batch.get(name) for name in ("segment_ids", "prompt_mask", "task_ids", "positions")}
+    tokens = jnp.sum(batch["loss_mask"].astype(jnp.float32))
+    return dataclasses.replace(base, **known, key=key, auxiliary_scale=tokens)

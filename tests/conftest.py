@@ -1,0 +1,46 @@
+"""Eight virtual CPU devices for every test; set before jax starts its backend."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import pytest
+
+# With MOR_REQUIRE_ORACLES=1 (as .ci/run sets it) a skipped test fails, unless its reason contains one of these.
+ALLOWED_SKIPS = (
+    "needs a GPU",
+    "needs a TPU",
+    "real models are not on this machine",  # several hundred MB; the same check runs on tiny random models everywhere
+)
+
+
+def forbidden_skip(report, require_oracles: bool) -> str | None:
+    """The reason of a skip that must not happen here, or None. An expected failure is no skip."""
+    if not require_oracles or report.outcome != "skipped" or hasattr(report, "wasxfail"):
+        return None
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return None if any(allowed in reason for allowed in ALLOWED_SKIPS) else reason
+
+
+def _require(report):
+    reason = forbidden_skip(report, os.environ.get("MOR_REQUIRE_ORACLES") == "1")
+    if reason is not None:
+        report.outcome = "failed"
+        report.longrepr = f"MOR_REQUIRE_ORACLES=1 allows no skip: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Turn the skip of one test into its failure where every oracle is required."""
+    report = yield
+    _require(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """The same for `pytest.importorskip` at the top of a file, which skips the file while it is collected."""
+    report = yield
+    _require(report)
+    return report
