@@ -1,8 +1,8 @@
 """The trained adapter alone, as three files that need nothing of this package to be read.
 
-    adapter/adapter.safetensors   "layers/mlp/up_proj/a", …; leaves that no gradient reached under "state:"
-    adapter/adapter.json          methods and options by site, base fingerprint, shapes, format version
-    adapter/manifest.json         checksums, written last
+adapter/adapter.safetensors   "layers/mlp/up_proj/a", …; leaves that no gradient reached under "state:"
+adapter/adapter.json          methods and options by site, base fingerprint, shapes, format version
+adapter/manifest.json         checksums, written last
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ def load_adapter(
     plan = resolve_plan(metadata, model, *example)
     stored = metadata.get("base_fingerprint")
     if check_base and stored is not None and stored != fingerprint(params):
-        raise AdapterFileError(f"{directory / DESCRIPTION}: base_fingerprint is not that of this base: load its own base")
+        raise AdapterFileError(
+            f"{directory / DESCRIPTION}: base_fingerprint is not that of this base: load its own base"
+        )
     expected = jax.eval_shape(lambda key, params: init_leaves(key, plan, params), jax.random.key(0), params)
     tensors = load_file(str(directory / WEIGHTS))
     _compare(directory, {name: leaf.shape for name, leaf in _named(expected)}, {k: v.shape for k, v in tensors.items()})
@@ -193,9 +195,14 @@ def _tensors(leaves: Leaves) -> dict[str, np.ndarray]:
 
 
 def _compare(directory: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
-    for problem, names in (("is missing", expected.keys() - found.keys()), ("is extra", found.keys() - expected.keys())):
+    for problem, names in (
+        ("is missing", expected.keys() - found.keys()),
+        ("is extra", found.keys() - expected.keys()),
+    ):
         if names:
-            raise AdapterFileError(f"{directory / WEIGHTS}: {min(names)} {problem} ({len(names)} such): another model or method?")
+            raise AdapterFileError(
+                f"{directory / WEIGHTS}: {min(names)} {problem} ({len(names)} such): another model or method?"
+            )
     for name, shape in expected.items():
         if tuple(found[name]) != tuple(shape):
             raise AdapterFileError(f"{directory / WEIGHTS}: {name} has shape {found[name]}, the model needs {shape}")

@@ -92,7 +92,9 @@ def build_run(config: TrainConfig, optimizer: optax.GradientTransformation | Non
       ConfigError, MeshError, ModelFileError, DataError, InjectionError: bad input; nothing was written.
     """
     if not config.model or not config.data:
-        name, remedy = ("data", "at least one file of records") if config.model else ("model", "a Hugging Face directory")
+        name, remedy = (
+            ("data", "at least one file of records") if config.model else ("model", "a Hugging Face directory")
+        )
         raise ConfigError(f"{name}={getattr(config, name)!r}: give {remedy}")
     if config.compile_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compile_cache).absolute()))
@@ -153,7 +155,9 @@ def frozen_head(plan: AdapterPlan, shape: DecoderConfig) -> Callable[[Any], jax.
     return lambda params: head_kernel(params, shape)
 
 
-def _data(config: TrainConfig, shape: DecoderConfig) -> tuple[Batches, Callable[[], Iterable[Any]] | None, tuple[str, ...]]:
+def _data(
+    config: TrainConfig, shape: DecoderConfig
+) -> tuple[Batches, Callable[[], Iterable[Any]] | None, tuple[str, ...]]:
     tokenizer = _tokenizer(config.model)
     mode = "best_fit" if config.packing else "padded"
     examples = load_examples(parse_sources(config.data), tokenizer, config.sequence_length, config.overlong)
@@ -209,5 +213,3 @@ def _row(run: Run, adapters: Any, path: str, shape: str, rank: str, frozen: int)
     own = {path: adapters[path]}
     trainable = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(own))
     return TargetRow(path, shape, rank, trainable, frozen, optimizer_bytes(run.optimizer, own))
-
-

@@ -120,12 +120,16 @@ class TrainConfig:
         good = self.batch_size % self.accumulate == 0
         remedy = f"it must divide batch_size={self.batch_size}, which counts the rows of a whole step"
         _check("accumulate", self.accumulate, good, remedy)
-        _check("warmup_steps", self.warmup_steps, self.warmup_steps < self.steps or self.steps == 1, "give less than steps")
+        _check(
+            "warmup_steps", self.warmup_steps, self.warmup_steps < self.steps or self.steps == 1, "give less than steps"
+        )
         _check("targets", self.targets, len(self.targets) > 0, "name at least one module, or all-linear")
         if self.objective != "causal":
             raise ConfigError(f"objective={self.objective!r} is not built yet: use causal")
         if self.adapters:
-            raise ConfigError(f"adapters={self.adapters!r}: starting from trained adapters is not built yet: leave it out")
+            raise ConfigError(
+                f"adapters={self.adapters!r}: starting from trained adapters is not built yet: leave it out"
+            )
 
     def adapter(self) -> Any:
         """The configured method as a frozen `Adapter`.

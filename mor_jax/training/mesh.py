@@ -56,7 +56,9 @@ def _parse(description: str) -> dict[str, int]:
     for part in description.split(","):
         axis, separator, text = part.strip().partition("=")
         if axis not in BATCH_AXES or not separator or axis in sizes:
-            raise MeshError(f"mesh={description!r}: write each of {', '.join(BATCH_AXES)} at most once, as in data=2,fsdp=4")
+            raise MeshError(
+                f"mesh={description!r}: write each of {', '.join(BATCH_AXES)} at most once, as in data=2,fsdp=4"
+            )
         try:
             sizes[axis] = int(text)
         except ValueError:
@@ -90,7 +92,9 @@ def param_specs(params: Any, mesh: Mesh, smallest: int = 2**14) -> Any:
         divisible = [axis for axis in axes if leaf.shape[axis] % size == 0]
         if not divisible:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise MeshError(f"{name} of shape {leaf.shape} has no axis that divides by fsdp={size}: choose another size")
+            raise MeshError(
+                f"{name} of shape {leaf.shape} has no axis that divides by fsdp={size}: choose another size"
+            )
         largest = max(divisible, key=lambda axis: leaf.shape[axis])
         return PartitionSpec(*("fsdp" if axis == largest else None for axis in range(largest + 1)))
 

@@ -29,7 +29,7 @@ class MetricsWriter:
         self.path = Path(directory) / "metrics.jsonl"
         kept = [line for line in _lines(self.path) if _step_of(line) <= step] if step else []
         self.path.write_text("".join(kept), encoding="utf-8")
-        self._stream = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._stream = open(self.path, "a", encoding="utf-8")
         self._events = None
         if tensorboard:
             import tensorboardX
@@ -157,7 +157,9 @@ def print_targets(rows: Sequence[TargetRow], title: str, stream: TextIO | None =
     for name in ("site", "shape", "rank", "trainable", "frozen", "optimiser bytes"):
         table.add_column(name, justify="left" if name in ("site", "shape") else "right", no_wrap=name == "site")
     for row in rows:
-        table.add_row(row.path, row.shape, row.rank, *(f"{n:,}" for n in (row.trainable, row.frozen, row.optimizer_bytes)))
+        table.add_row(
+            row.path, row.shape, row.rank, *(f"{n:,}" for n in (row.trainable, row.frozen, row.optimizer_bytes))
+        )
     sums = [sum(getattr(row, name) for row in rows) for name in ("trainable", "frozen", "optimizer_bytes")]
     table.add_section()
     table.add_row("total", "", "", *(f"{total:,}" for total in sums))

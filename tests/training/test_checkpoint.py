@@ -62,7 +62,9 @@ def test_an_existing_step_is_an_error(tmp_path):
 
 def test_a_flip_in_any_file_falls_back_to_the_step_before(tmp_path):
     _save(tmp_path / "model", 1, 2)
-    names = sorted(p.relative_to(tmp_path / "model" / "2") for p in (tmp_path / "model" / "2").rglob("*") if p.is_file())
+    names = sorted(
+        p.relative_to(tmp_path / "model" / "2") for p in (tmp_path / "model" / "2").rglob("*") if p.is_file()
+    )
     kinds = {name.parts[0] for name in names}
     assert {"adapters", "rng", "metadata", "manifest.json"} <= kinds
     import shutil
@@ -115,7 +117,9 @@ def test_fingerprint_sees_every_bit_and_no_mesh(dtype):
     assert fingerprint(params | {"w": swapped}) != own
     bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[params["w"].dtype.itemsize]
     for bit in range(8 * params["w"].dtype.itemsize):
-        flipped = jax.lax.bitcast_convert_type(params["w"], bits).at[3, 2].set(
-            jax.lax.bitcast_convert_type(params["w"], bits)[3, 2] ^ bits(1 << bit)
+        flipped = (
+            jax.lax.bitcast_convert_type(params["w"], bits)
+            .at[3, 2]
+            .set(jax.lax.bitcast_convert_type(params["w"], bits)[3, 2] ^ bits(1 << bit))
         )
         assert fingerprint(params | {"w": jax.lax.bitcast_convert_type(flipped, params["w"].dtype)}) != own

@@ -23,9 +23,9 @@ def _run(accumulate=1, batch=None, method="mor", optimizer=SGD, mesh=None, **opt
 def test_gradient_equals_naive_autodiff(method):
     new, metrics, before, adapted = _run(2, method=method)
     batch = tiny.random_batch()
-    loss, gradient = jax.jit(
-        jax.value_and_grad(lambda a: tiny.naive_loss(adapted, tiny.params_of(), a, batch))
-    )(before.adapters)
+    loss, gradient = jax.jit(jax.value_and_grad(lambda a: tiny.naive_loss(adapted, tiny.params_of(), a, batch)))(
+        before.adapters
+    )
     np.testing.assert_allclose(metrics["loss"], loss, atol=1e-6)
     tiny.close(jax.tree.map(lambda a, b: a - np.asarray(b), before.adapters, new.adapters), gradient, 2e-6)
     assert float(metrics["tokens"]) == batch["loss_mask"].sum()
@@ -104,7 +104,9 @@ def test_a_non_finite_gradient_leaves_the_state_as_it_was():
     state, _ = step(state, params, tiny.random_batch())
     before = jax.tree.map(np.asarray, state)
     broken = jax.tree.map(jnp.copy, params)
-    broken["layers"]["mlp"]["down_proj"]["kernel"] = params["layers"]["mlp"]["down_proj"]["kernel"].at[0, 0, 0].set(jnp.nan)
+    broken["layers"]["mlp"]["down_proj"]["kernel"] = (
+        params["layers"]["mlp"]["down_proj"]["kernel"].at[0, 0, 0].set(jnp.nan)
+    )
     state, metrics = step(state, broken, tiny.random_batch())
     assert step.names[int(metrics["bad_leaf"])] == "loss"
     assert tiny.same(before, state)
@@ -165,7 +167,10 @@ def test_router_statistics_are_sums_over_real_tokens():
 def test_balance_losses_weigh_their_micro_batches_by_tokens():
     balanced, _, before, adapted = _run(2, router="balanced", num_experts=3, balance_weight=0.5)
     plain, _, _, _ = _run(2, router="softmax", num_experts=3)
-    moved = {path: np.abs(balanced.adapters[path]["router"] - plain.adapters[path]["router"]).max() for path in plain.adapters}
+    moved = {
+        path: np.abs(balanced.adapters[path]["router"] - plain.adapters[path]["router"]).max()
+        for path in plain.adapters
+    }
     assert min(moved.values()) > 0
 
 

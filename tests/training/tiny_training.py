@@ -92,9 +92,13 @@ def naive_loss(adapted, params, adapters, batch):
     """Mean over whole logits by autodiff: no chunks, no micro-batches, no prepare outside."""
     from mor_jax.adapters import AdapterInputs
 
-    inputs = AdapterInputs(**{n: jnp.asarray(batch[n]) for n in ("segment_ids", "prompt_mask", "task_ids", "positions")})
+    inputs = AdapterInputs(
+        **{n: jnp.asarray(batch[n]) for n in ("segment_ids", "prompt_mask", "task_ids", "positions")}
+    )
     variables = {"params": params, "adapters": adapters, "adapter_state": {}, "adapter_constants": {}}
-    logits = adapted.apply(variables, batch["input_ids"], batch["positions"], batch["segment_ids"], adapter_inputs=inputs)
+    logits = adapted.apply(
+        variables, batch["input_ids"], batch["positions"], batch["segment_ids"], adapter_inputs=inputs
+    )
     total, count = cross_entropy(logits, jnp.asarray(batch["targets"]), jnp.asarray(batch["loss_mask"]))
     return total / count
 
@@ -107,4 +111,6 @@ def same(first, second):
 
 def close(first, second, atol):
     assert jax.tree.structure(first) == jax.tree.structure(second)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=atol, rtol=0), first, second)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=atol, rtol=0), first, second
+    )
