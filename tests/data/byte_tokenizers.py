@@ -1,8 +1,11 @@
-"""A small tokenizer in the ChatML manner, built in code: one token per byte."""
+"""A small tokenizer in the ChatML manner, built in code: one token per byte; where larger data may lie."""
+
+from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

@@ -5,10 +5,9 @@ import os
 from pathlib import Path
 
 import pytest
-from byte_tokenizers import byte_tokenizer
+from byte_tokenizers import SHARED, byte_tokenizer
 from transformers import AutoTokenizer
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 SMOLLM2 = (
     Path(os.environ.get("MOR_MODELS", Path.home() / ".cache/mor_jax/models")) / "smollm2",
     SHARED / "data/models/smollm2-135m-instruct",
