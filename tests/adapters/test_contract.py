@@ -25,8 +25,6 @@ BLOCK = 6  # features of a block's input
 NOT_MERGEABLE = {"mor"}  # with a routed gate
 NOT_ZERO_AT_START = set()
 START_ROUNDING = {"dora": 1e-6}  # of the largest output, for a method that divides by a norm; others start at 0
-    "dora": 1e-6
-}  # of the largest output, where a method divides by a norm; all others start at exactly 0
 
 CASES = [(name, options) for name in METHODS for options in one_layer.oracle(name).VARIANTS]
 each_case = pytest.mark.parametrize(
