@@ -13,7 +13,7 @@ _SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
@@ -36,7 +36,11 @@ FAMILIES = {
     "llama_linear_rope": ("LlamaConfig", _rope("linear")),
     "llama3_rope": (
         "LlamaConfig",
-        _rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8),
+        # of the twelve frequencies some are kept, some divided, some between
+        {
+            **_rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32),
+            "head_dim": 24,
+        },
     ),
     "llama_yarn_rope": ("LlamaConfig", _rope("yarn", original_max_position_embeddings=8)),
     "smollm": ("LlamaConfig", {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1e5}}),
@@ -52,7 +56,7 @@ FAMILIES = {
             "attention_bias": True,
             "use_sliding_window": True,
             "sliding_window": 4,
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
 }
