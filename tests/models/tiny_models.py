@@ -92,15 +92,21 @@ def jitted_forward(config: DecoderConfig):
     return jax.jit(lambda params, *inputs: Decoder(config).apply({"params": params}, *inputs))
 
 
+def settings_of(name: str) -> Any:
+    """transformers' configuration of a family."""
+    import transformers
+
+    kind, changes = FAMILIES[name]
+    return getattr(transformers, kind)(**{**_SIZES, **changes})
+
+
 def make_pair(name: str, directory) -> Pair:
     """Every parameter is random, norms and biases too, so that none can be swapped or lost unseen."""
     import torch
     import transformers
 
-    kind, changes = FAMILIES[name]
     torch.manual_seed(sum(map(ord, name)))
-    settings = getattr(transformers, kind)(**{**_SIZES, **changes})
-    model = transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_config(settings_of(name), dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in parameter_name else 0.0, 0.2)
