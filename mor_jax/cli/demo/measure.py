@@ -1,4 +1,4 @@
-"""What the demo measures: exact answers by task, which experts each task uses, and merged models against the routed.
+"""What the demo measures: exact answers by task, and which experts each task uses.
 
 All of it works on one batch of one example a row, of one shape, so that every function is compiled once: models of one
 structure (the untuned base and all merges) come in as arguments.
@@ -11,14 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mor_jax.adapters import AdapterInputs
-from mor_jax.cli.opening import LiveModel
 from mor_jax.data import load_examples, make_plan, parse_sources, single_pass
 from mor_jax.injection import Adapted, init_probes
-from mor_jax.merging import compare_logits
 from mor_jax.merging.calibration import through_probes
 from mor_jax.models import Decoder, DecoderConfig
 
@@ -66,9 +63,9 @@ class Forward:
         """(rows, ROW, V)."""
         return self._logits(variables, dict(batch))
 
-    def row_gates(self, variables: Any, batch: Batch, answers: bool) -> Gates:
-        """Mean gates of each row, over its answer's positions or over all of its tokens."""
-        counted = batch["loss_mask" if answers else "segment_ids"] > 0
+    def row_gates(self, variables: Any, batch: Batch) -> Gates:
+        """Mean gates of each row, over the positions where it answers."""
+        counted = batch["loss_mask"] > 0
         rows = len(counted)
         numbers = np.where(counted, np.arange(rows)[:, None], -1).astype(np.int32)  # a row is a task; -1 is none
         found = self._gates(variables, dict(batch) | {"task_ids": numbers}, rows=rows)
@@ -94,12 +91,6 @@ def accuracy(logits: jax.Array, batch: Batch, tasks: Sequence[str]) -> dict[str,
     right, rows = answers_right(logits, batch), batch["task_ids"][:, 0]
     found = {task: float(right[rows == number].mean()) for number, task in enumerate(tasks)}
     return found | {"mean": float(np.mean(list(found.values())))}
-
-
-def divergence(routed: jax.Array, merged: jax.Array, batch: Batch) -> float:
-    """Mean over real tokens of KL(routed || merged) in nats, as `mor merge` reports it."""
-    sums = jax.jit(compare_logits)(routed, merged, jnp.asarray(batch["segment_ids"]) > 0)
-    return float(sums["kl"] / sums["tokens"])
 
 
 def task_gates(gates: Gates, rows: np.ndarray, tasks: int) -> Gates:
@@ -143,35 +134,3 @@ def expert_use(gates: Gates, rows: np.ndarray, tasks: int, seed: int) -> tuple[d
     figures = {"by_task": spread(true), "shuffled_mean": float(np.mean(shuffled)), "shuffled_max": max(shuffled)}
     at_least = sum(value >= figures["by_task"] for value in shuffled)
     return figures | {"p_value": (1 + at_least) / (1 + SHUFFLES)}, true, control
-
-
-def merged_variables(
-    live: LiveModel, calibration: Batch, gates: Gates, tasks: Sequence[str], pieces: int = 4
-) -> dict[str, Any]:
-    """The base with the routed adapters folded in: {"mean", "task:NAME", "least_squares", "sequential": parameters}.
-
-    Args:
-      live: a routed run.
-      calibration: rows of the training data.
-      gates: of those rows, over all of their tokens.
-      tasks: names.
-      pieces: batches that least squares goes through.
-    """
-    from mor_jax.merging import least_squares, merge, merge_changes
-
-    plan, leaves, params = live.plan, live.leaves, live.params
-    assert plan is not None
-    assert leaves is not None
-    fold = jax.jit(lambda params, leaves, gates: merge(params, leaves, plan, gates))
-    tokens, rows = (calibration["segment_ids"] > 0).sum(1), calibration["task_ids"][:, 0]
-    chosen = {"mean": np.ones_like(rows)} | {f"task:{name}": rows == number for number, name in enumerate(tasks)}
-    merged = {}
-    for name, those in chosen.items():
-        average = {path: np.average(own, axis=0, weights=tokens * those) for path, own in gates.items()}
-        merged[name] = fold(params, leaves, jax.tree.map(lambda gate: jnp.asarray(gate, jnp.float32), average))
-    change = jax.jit(lambda params, leaves, changes: merge_changes(params, leaves, plan, changes))
-    batches = [{name: value[start::pieces] for name, value in calibration.items()} for start in range(pieces)]
-    for name in ("least_squares", "sequential"):
-        found = least_squares(Decoder(live.config), params, leaves, plan, batches, sequential=name == "sequential")
-        merged[name] = change(params, leaves, found.changes)
-    return merged

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
 import time
@@ -15,6 +17,16 @@ import numpy as np
 from mor_jax.cli.demo import measure
 from mor_jax.cli.demo.tasks import TASKS, write_tasks
 from mor_jax.cli.opening import LiveModel, load_tokenizer, open_model, open_run
+from mor_jax.merging import (
+    FidelityReport,
+    language_model_call,
+    least_squares,
+    mean_gates,
+    measure_fidelity,
+    merge,
+    merge_changes,
+)
+from mor_jax.models import Decoder
 from mor_jax.training.config import TrainConfig
 
 BASE = Path(__file__).parent / "base"
@@ -26,6 +38,7 @@ LEARNING_RATES: Mapping[str, float] = {"lora": 1e-2, "mor": 1e-2}  # from experi
 STEPS = 300
 STRINGS = {"train": 1000, "validation": 100, "held_out": 100}  # each is asked in every task
 NAMES = tuple(TASKS)
+PIECES = 4  # batches that merges are calibrated on
 
 
 @dataclass(frozen=True)
@@ -91,22 +104,15 @@ def fit(config: TrainConfig) -> Fitted:
         live=live,
         forward=measure.Forward(live.config, live.plan),
         trainable_parameters=result["trainable_parameters"],
-        step_seconds=step_seconds(Path(config.output_dir) / "metrics.jsonl"),
+        step_seconds=result["step_seconds"],
     )
-
-
-def step_seconds(metrics: Path) -> float:
-    """Mean seconds of a step after the second, from the tokens of the steps and the last line's tokens a second."""
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    rate = lines[-1]["tokens_per_second"]
-    return float(np.mean([line["tokens"] for line in lines[2:]]) / rate) if rate else 0.0
 
 
 def measure_routing(fitted: Fitted, rows: measure.Batch, seed: int, picture: Path | None = None) -> dict[str, float]:
     """Which experts the tasks use while they answer, against shuffled task labels; drawn where `picture` is given."""
     from mor_jax.report.plots import plot_routing
 
-    gates = fitted.forward.row_gates(fitted.live.variables, rows, answers=True)
+    gates = fitted.forward.row_gates(fitted.live.variables, rows)
     figures, by_task, control = measure.expert_use(gates, rows["task_ids"][:, 0], len(NAMES), seed)
     if picture is not None:
         shown = {"learned": _by_site(by_task), "shuffled labels": _by_site(control)}
@@ -120,30 +126,39 @@ def _by_site(gates: measure.Gates) -> dict[str, np.ndarray]:
 
 
 def measure_merges(
-    fitted: Fitted, base: measure.Forward, parts: Mapping[str, Part]
-) -> tuple[dict[str, dict[str, Any]], str, dict]:
-    """Every merge against the routed model on held-out rows: (figures by name, the default's name, its parameters).
+    fitted: Fitted, plain: measure.Forward, parts: Mapping[str, Part]
+) -> tuple[dict[str, dict[str, Any]], dict, FidelityReport]:
+    """Every merge against the routed model on held-out rows: figures by name; the default's parameters and its report.
 
     The default has the smallest KL on the validation rows; a merge for one task is for that task, never the default.
     """
-    live, figures, validation = fitted.live, {}, {}
-    calibration, rows, choosing = (parts[name].rows for name in ("calibration", "held_out", "validation"))
-    gates = fitted.forward.row_gates(live.variables, calibration, answers=False)
-    merged = measure.merged_variables(live, calibration, gates, NAMES)
-    routed, routed_choosing = (fitted.forward.logits(live.variables, batch) for batch in (rows, choosing))
-    for name, params in merged.items():
-        logits = base.logits({"params": params}, rows)
-        by_task = measure.accuracy(logits, rows, NAMES)
-        figures[name] = {
-            "kl": measure.divergence(routed, logits, rows),
-            "accuracy": by_task.pop("mean"),
-            "accuracy_by_task": by_task,
-        }
+    live, rows = fitted.live, parts["held_out"].rows
+    model, call = Decoder(live.config), functools.partial(language_model_call, num_tasks=len(NAMES))
+    own = (model, live.params, live.leaves, live.plan)
+    pieces = [{name: value[n::PIECES] for name, value in parts["calibration"].rows.items()} for n in range(PIECES)]
+
+    def merged_by(name: str) -> dict:
+        if name in ("least_squares", "sequential"):
+            found = least_squares(*own, pieces, call=call, sequential=name == "sequential")
+            return merge_changes(*own[1:], found.changes)
+        task = NAMES.index(name.removeprefix("task:")) if name != "mean" else None
+        return merge(*own[1:], mean_gates(*own, pieces, call=call, task=task))
+
+    def compare(merged: dict, batch: measure.Batch, name: str) -> FidelityReport:
+        return measure_fidelity(*own, merged, [batch], call=call, method=name, sites=False)
+
+    figures, candidates, default = {}, {}, None
+    for name in ("mean", *(f"task:{task}" for task in NAMES), "least_squares", "sequential"):
+        merged = merged_by(name)
+        by_task = measure.accuracy(plain.logits({"params": merged}, rows), rows, NAMES)
+        report = compare(merged, rows, name)
+        figures[name] = {"kl": report.kl, "accuracy": by_task.pop("mean"), "accuracy_by_task": by_task}
         if not name.startswith("task:"):
-            logits = base.logits({"params": params}, choosing)
-            validation[name] = measure.divergence(routed_choosing, logits, choosing)
-    chosen = min(validation, key=lambda name: validation[name])
-    return figures, chosen, merged[chosen]
+            candidates[name] = compare(merged, parts["validation"].rows, name).kl
+            if candidates[name] == min(candidates.values()):
+                default = merged, report
+    assert default is not None
+    return figures, default[0], dataclasses.replace(default[1], candidates=candidates)
 
 
 def run_demo(output_dir: str, seed: int = 0) -> dict[str, Any]:
@@ -182,8 +197,8 @@ def run_demo(output_dir: str, seed: int = 0) -> dict[str, Any]:
         }
     plot_curves({name: run / "metrics.jsonl" for name, run in runs.items()}, folder / "curves.png")
     summary["routing"] = measure_routing(fitted, rows, seed, folder / "routing.png")
-    summary["merges"], summary["default_merge"], merged = measure_merges(fitted, plain, parts)
-    summary |= export(merged, fitted.live, folder / "export")
+    summary["merges"], merged, report = measure_merges(fitted, plain, parts)
+    summary |= {"default_merge": report.method} | export(merged, report, fitted.live, folder / "export")
     summary |= {"seed": seed, "seconds": round(time.monotonic() - started, 1), "output_dir": str(folder)}
     beside = folder / ".summary.partial.json"
     beside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -191,11 +206,11 @@ def run_demo(output_dir: str, seed: int = 0) -> dict[str, Any]:
     return summary
 
 
-def export(merged: dict, live: LiveModel, directory: Path) -> dict[str, Any]:
+def export(merged: dict, report: FidelityReport, live: LiveModel, directory: Path) -> dict[str, Any]:
     """Writes the merged model as a Hugging Face directory and compares it with the one in memory."""
     from mor_jax.export import export_hf, verify_export
 
-    export_hf(merged, live.config, directory, source_dir=live.directory)
+    export_hf(merged, live.config, directory, source_dir=live.directory, report=report)
     found = verify_export(directory, merged, live.config)
     return {
         "export_verified": found.verified,
