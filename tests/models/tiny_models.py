@@ -117,4 +117,8 @@ def make_pair(name: str, directory) -> Pair:
 
 def loop_twin(pair: Pair) -> Pair:
     config = replace(pair.config, scan_layers=False)
-    return replace(pair, config=config, params=load_params(pair.directory, config), forward=jitted_forward(config))
+
+    def forward(params, *inputs):  # not compiled: operation by operation, most of which the families share
+        return Decoder(config).apply({"params": params}, *inputs)
+
+    return replace(pair, config=config, params=load_params(pair.directory, config), forward=forward)
