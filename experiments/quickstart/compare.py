@@ -57,15 +57,29 @@ def grid_table(rows: list[dict[str, Any]]) -> list[str]:
     return ["Mean exact match over the five tasks on the validation strings, in %:", "", *lines]
 
 
-def run_seeds() -> list[dict[str, Any]]:
-    """The summary of `mor demo` for each seed, with the accuracy of the untuned base."""
-    found = []
-    for seed in SEEDS:
-        with tempfile.TemporaryDirectory() as scratch:
-            summary = run.run_demo(str(Path(scratch) / "demo"), seed)
-        found.append({key: value for key, value in summary.items() if key != "output_dir"})
-        print(json.dumps(found[-1]), flush=True)
-    return found
+def run_seed(seed: int, folder: Path) -> dict[str, Any]:
+    """The summary of `mor demo` with this seed; kept in `folder`, and taken from there if the settings are the same."""
+    kept = folder / f"seed-{seed}.json"
+    if kept.exists():
+        found = json.loads(kept.read_text(encoding="utf-8"))
+        if found["settings"] == settings():
+            return found["summary"]
+    with tempfile.TemporaryDirectory() as scratch:
+        summary = run.run_demo(str(Path(scratch) / "demo"), seed)
+    del summary["output_dir"]
+    folder.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps({"settings": settings(), "summary": summary}), encoding="utf-8")
+    return summary
+
+
+def settings() -> dict[str, Any]:
+    """What the figures follow from, beside the code and the seed."""
+    return {
+        "steps": run.STEPS,
+        "strings": run.STRINGS,
+        "methods": {name: dict(options) for name, options in run.METHODS.items()},
+        "learning_rates": dict(run.LEARNING_RATES),
+    }
 
 
 def percent(value: float) -> str:
@@ -121,19 +135,24 @@ def seeds_table(found: list[dict[str, Any]]) -> list[str]:
         use = each["routing"]
         cells = [f"{use[key]:.4f}" for key in ("by_task", "shuffled_mean", "shuffled_max")]
         lines.append(f"| {each['seed']} | {' | '.join(cells)} | {use['p_value']:.3f} |")
-    return [*lines, "", "Spread: mean total variation distance of a task's mean gates from the average over tasks."]
+    lines += ["", "Spread: mean total variation distance of a task's mean gates from the average over tasks."]
+    return [*lines, "", routing_verdict(found)]
+
+
+def routing_verdict(found: list[dict[str, Any]]) -> str:
+    """Whether routing does anything, in one sentence: by expert use and by what the mean merge loses."""
+    used = all(each["routing"]["by_task"] > each["routing"]["shuffled_max"] for each in found)
+    matters = all(each["merges"]["mean"]["kl"] > 0.01 for each in found)
+    if used and matters:
+        return "With every seed expert use follows the task, and the routed model differs from its own mean merge."
+    return "Routing does nothing here: expert use does not follow the task, or the mean merge is the same model."
 
 
 def write(output: Path, title: str, command: str, body: list[str], data: dict[str, Any]) -> None:
     """`output`.md and `output`.json with command, settings, machine and versions."""
     facts = {
         "command": command,
-        "settings": {
-            "steps": run.STEPS,
-            "strings": run.STRINGS,
-            "methods": {name: dict(options) for name, options in run.METHODS.items()},
-            "learning_rates": dict(run.LEARNING_RATES),
-        },
+        "settings": settings(),
         "machine": {"backend": jax.default_backend(), "cores": os.cpu_count(), "processor": platform.machine()},
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
     }
@@ -160,13 +179,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("grid", "seeds"))
     parser.add_argument("--output", type=Path, required=True, help="table without its suffix")
+    parser.add_argument("--seed", type=int, default=None, choices=SEEDS, help="run this seed alone and write no table")
+    parser.add_argument("--kept", type=Path, default=Path("runs/demo_seeds"), help="finished seeds are kept here")
     arguments = parser.parse_args()
     command = f"python experiments/quickstart/compare.py {arguments.what} --output {arguments.output}"
     if arguments.what == "grid":
         rows = run_grid()
         write(arguments.output, "The demo's learning rates", command, grid_table(rows), {"rows": rows})
+    elif arguments.seed is not None:
+        print(json.dumps(run_seed(arguments.seed, arguments.kept)))
     else:
-        found = run_seeds()
+        found = [run_seed(seed, arguments.kept) for seed in SEEDS]
         data = {"seeds": found, "verdicts": verdicts(found)}
         write(arguments.output, "The demo: LoRA and MoR at equal size", command, seeds_table(found), data)
 
