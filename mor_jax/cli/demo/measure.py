@@ -50,7 +50,9 @@ class Forward:
         self._gates = jax.jit(self._row_gates, static_argnames="rows")
 
     def _run(self, variables: Any, batch: Any, inputs: AdapterInputs | None = None) -> jax.Array:
-        extra = {} if self.plan is None else {"adapter_inputs": _inputs(batch) if inputs is None else inputs}
+        extra: dict[str, Any] = {}
+        if self.plan is not None:
+            extra["adapter_inputs"] = _inputs(batch) if inputs is None else inputs
         arguments = (batch["input_ids"], batch["positions"], batch["segment_ids"])
         return self._module.apply(variables, *arguments, **extra)  # pyright: ignore[reportReturnType]
 
