@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+if TYPE_CHECKING:
+    from mor_jax.adapters.rules import Event, UpdateTransform
 
 
 class NotMergeable(ValueError):
@@ -35,12 +38,16 @@ class Site:
         in_features: Size of the contracted axes together.
         out_features: Size of the produced axes together.
         num_layers: How many layers the leaves are stacked over.
+        first_layer: Place in the model's depth of the first of them; 0 but for layers that are modules of their own.
+        depth: How many layers of this kind the model has; 0 stands for ``num_layers``.
     """
 
     path: str
     in_features: int
     out_features: int
     num_layers: int = 1
+    first_layer: int = 0
+    depth: int = 0
 
 
 class Leaves(NamedTuple):
@@ -217,6 +224,40 @@ class Adapter:
         """
         raise TypeError(f"{type(self).__name__} must define merge")
 
+    def padded_params(self, site: Site) -> int:
+        """Entries of the trained leaves, with the ranks that only fill up a static shape."""
+        return self.num_params(site)
+
+    @property
+    def largest_drawn_rank(self) -> int:
+        """The largest rank that each training step may draw for ``AdapterInputs.rank``; 0 draws none."""
+        return 0
+
+    def at_rank(self, leaves: Leaves, rank: int) -> tuple[Adapter, Leaves]:
+        """A smaller method and its leaves, for one layer or a stack of them.
+
+        Raises:
+            ValueError: if the method was not trained for smaller ranks; names one that is.
+        """
+        raise ValueError(f"{self.title} has one rank only: leave --rank out, or train with dylora")
+
+    def rules(self, total_steps: int) -> tuple[UpdateTransform | Event, ...]:
+        """What happens while training for ``total_steps`` optimiser steps; sites whose rules are equal act as one."""
+        return ()
+
+    def penalty(self, leaves: Leaves) -> Array | None:
+        """A float32 scalar of one layer, weight included, whose mean over sites and layers joins the loss; or None."""
+        return None
+
+    def labels(self, params: Mapping[str, Any]) -> dict[str, str]:
+        """The group of each trained leaf; groups may have learning rates of their own."""
+        return {name: name for name in params}
+
+    @property
+    def learning_rate_ratios(self) -> Mapping[str, float]:
+        """By group, its learning rate over that of the run."""
+        return {}
+
     def input_factor(self, leaves: Leaves) -> Array | None:
         """(in, k): everything that x is multiplied with, so that sites with one x can share one matmul."""
         return None
@@ -245,7 +286,10 @@ class Adapter:
         return None
 
     def statistics(self, leaves: Leaves, x: Array, gates: Array | None, inputs: AdapterInputs) -> dict[str, Array]:
-        """Sums over the tokens of this call, float32, none 0-d; they leave the model by probe leaves."""
+        """Sums over the tokens of this call, float32, none 0-d; they leave the model by probe leaves.
+
+        A method with a gate gets what ``gate`` gets; one without (``gates`` is None) gets x itself, (..., in).
+        """
         return {}
 
     def logical_axes(self, site: Site) -> Mapping[str, tuple[str | None, ...]]:
