@@ -29,6 +29,30 @@ def kaiming_uniform(key: Array, fan_in: int, shape: tuple[int, ...]) -> Array:
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
+def constants_key(seed: int, *identifiers: int | Array) -> Array:
+    """A key for constants that are rebuilt instead of saved: threefry2x32 whatever the user's default generator is."""
+    key = jax.random.key(seed, impl="threefry2x32")
+    for identifier in identifiers:
+        key = jax.random.fold_in(key, identifier)
+    return key
+
+
+def rebuildable_uniform(key: Array, bound: float, shape: tuple[int, ...]) -> Array:
+    """U(-bound, bound), float32, bit-equal on every device: the only inexact operation is one multiplication."""
+    return bound * jax.random.uniform(key, shape, jnp.float32, -1.0, 1.0)
+
+
+def rebuildable_normal(key: Array, std: float, shape: tuple[int, ...]) -> Array:
+    """N(0, std^2) to a good approximation, float32, bit-equal on every device.
+
+    The sum of twelve uniform bytes, centred: whole numbers and one multiplication. ``jax.random.normal`` goes through
+    a polynomial that compilers round differently, so its values could not be compared by their checksum.
+    """
+    words = jax.random.bits(key, (*shape, 3), jnp.uint32)
+    total = sum((words >> shift) & 255 for shift in (0, 8, 16, 24)).astype(jnp.int32).sum(-1)  # pyright: ignore[reportAttributeAccessIssue]
+    return (2 * total - 12 * 255).astype(jnp.float32) * (std / (2 * 65535**0.5))
+
+
 @dataclass(frozen=True)
 class Site:
     """One linear map of a model, known statically.
@@ -125,6 +149,7 @@ class AdapterInputs:
         adapter_weights: Per-example weights of adapters.
         rank: The drawn rank (DyLoRA).
         noise_step: The optimiser step that noise is drawn for (HaLoRA).
+        chain: What earlier layers left for this one (ResLoRA); injection sets it, for one site at a time.
         key: Root key of this micro-batch; a site's own key is ``fold_in(key, site id)``.
         auxiliary_scale: Balance losses enter the gradient times this; None switches them off.
         deterministic: False while training with dropout.
@@ -138,6 +163,7 @@ class AdapterInputs:
     adapter_weights: Array | None = None
     rank: Array | None = None
     noise_step: Array | None = None
+    chain: Any = None
     key: Array | None = None
     auxiliary_scale: Array | None = None
     deterministic: bool = field(default=True, metadata={"static": True})
@@ -183,6 +209,16 @@ class Adapter:
         return False
 
     @property
+    def chained(self) -> bool:
+        """Whether the change also reads what earlier layers hand on (``init_chain``); its model threads a carry."""
+        return False
+
+    @property
+    def merges_exactly(self) -> bool:
+        """Whether ``merge`` equals the forward pass without calibration data."""
+        return not (self.routed or self.chained)
+
+    @property
     def rule(self) -> str:
         """One word for what happens while training beside the optimiser; "" for nothing."""
         return ""
@@ -190,6 +226,24 @@ class Adapter:
     def init(self, key: Array, site: Site, layer: Array, kernel: Kernel) -> Leaves:
         """Leaves of one layer, params float32. ``layer`` is an int32 scalar and may be traced."""
         raise TypeError(f"{type(self).__name__} must define init")
+
+    def shared(self, key: Array, sites: tuple[Site, ...]) -> Leaves:
+        """Leaves that all ``sites`` of this method share, made once a model; their names differ from ``init``'s.
+
+        Every function here gets them among the leaves of a site, without a layer axis; ``prepare`` does not.
+        """
+        return Leaves({})
+
+    def link(self, leaves: Leaves) -> Leaves:
+        """Leaves of all layers of one site, layer axis first, with what each needs of the earlier layers' leaves.
+
+        Differentiable, called once a step, and the identity on its own result.
+        """
+        return leaves
+
+    def init_chain(self, site: Site, kept: tuple[int, ...], dtype: Any) -> Any:
+        """What the first layer finds in ``AdapterInputs.chain``, for x: (*kept, in) of ``dtype``."""
+        return None
 
     def delta(
         self,
@@ -199,8 +253,8 @@ class Adapter:
         kernel: Kernel,
         gates: Array | None,
         inputs: AdapterInputs,
-    ) -> Array:
-        """The change of the output, (..., out) in the dtype of ``base_output``.
+    ) -> Array | tuple[Array, Any]:
+        """The change of the output, (..., out) in the dtype of ``base_output``; with ``inputs.chain``, (change, chain).
 
         Args:
             leaves: One layer's leaves.
