@@ -7,6 +7,7 @@ Injection runs it inside a whole Flax model, merging maps it over the frozen par
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -72,6 +73,11 @@ class Site:
     num_layers: int = 1
     first_layer: int = 0
     depth: int = 0
+
+    @property
+    def identifier(self) -> int:
+        """A number for the path that does not depend on the other sites, for keys."""
+        return zlib.crc32(self.path.encode()) & 0x7FFFFFFF
 
 
 class Leaves(NamedTuple):
@@ -211,6 +217,11 @@ class Adapter:
     @property
     def chained(self) -> bool:
         """Whether the change also reads what earlier layers hand on (``init_chain``); its model threads a carry."""
+        return False
+
+    @property
+    def linked(self) -> bool:
+        """Whether ``link`` adds something."""
         return False
 
     @property
