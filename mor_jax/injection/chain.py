@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 
 from mor_jax.injection.linear import find_kind
-from mor_jax.injection.plan import AdapterPlan
+from mor_jax.injection.plan import AdapterPlan, first_argument
 from mor_jax.injection.targets import InjectionError
 
 ARGUMENT = "carry_extra"
@@ -73,7 +73,8 @@ def initial_chain(
             kind = find_kind(module, plan.kinds)
             assert kind is not None
             shape = module.get_variable("params", kind.kernel_leaf).shape
-            x = kind.contraction(module, args[0], shape).flatten_input(args[0])
+            argument = first_argument(args, kwargs)
+            x = kind.contraction(module, argument, shape).flatten_input(argument)
             shapes.setdefault(plan[path].chain, (x.shape[:-1], output.dtype))
         return output
 

@@ -127,8 +127,12 @@ def _grouped(pairs: Iterable[tuple[str, AdaptedSite]]) -> dict[str, tuple[Adapte
     return found
 
 
-def hidden_states(argument: Any) -> Any:
-    """A module's first argument, or the first part of it where a layer is called with ``(x, carry_extra)``."""
+def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a module reads: its first argument, by place or by name; None for a call without any.
+
+    Of a layer that is called with ``(x, carry)``, x.
+    """
+    argument = args[0] if args else next(iter(kwargs.values()), None)
     return argument[0] if isinstance(argument, tuple) and argument else argument
 
 
@@ -138,6 +142,10 @@ class _Visit:
     shape: tuple[int, ...]  # of one layer's kernel
     contraction: Any
     x: Any  # kept alive, so that identity means sameness
+
+    def shares(self, other: _Visit) -> bool:
+        """Whether both multiply the last axis of the identical x."""
+        return self.x is other.x and all(v.contraction.contracts_last_axis(v.x.ndim) for v in (self, other))
 
 
 @dataclass
@@ -151,7 +159,7 @@ class _Discovery:
         module = context.module
         output = next_fun(*args, **kwargs)
         path = "/".join(module.path)
-        x = hidden_states(args[0]) if args else None
+        x = first_argument(args, kwargs)
         if context.method_name != "__call__" or not hasattr(x, "shape"):
             return output
         if x.ndim:
@@ -175,15 +183,15 @@ def trace_shapes(model: nn.Module, interceptor, *args: Any, **kwargs: Any) -> Ma
 
     Arguments that have a shape are traced, all others are static.
     """
-    traced = {k: v for k, v in kwargs.items() if hasattr(v, "shape")}
-    static = {k: v for k, v in kwargs.items() if k not in traced}
+    values, tree = jax.tree.flatten((args, kwargs))
+    traced = {i: jax.ShapeDtypeStruct(v.shape, v.dtype) for i, v in enumerate(values) if hasattr(v, "shape")}
 
-    def run(key, args, traced):
+    def run(key, traced):
+        args, kwargs = jax.tree.unflatten(tree, [traced.get(i, value) for i, value in enumerate(values)])
         with nn.intercept_methods(interceptor):
-            return model.init({"params": key, "dropout": key}, *args, **traced, **static)
+            return model.init({"params": key, "dropout": key}, *args, **kwargs)
 
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (args, traced))
-    return jax.eval_shape(run, jax.eval_shape(lambda: jax.random.key(0)), *abstract)["params"]
+    return jax.eval_shape(run, jax.eval_shape(lambda: jax.random.key(0)), traced)["params"]
 
 
 def get_path(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
@@ -327,7 +335,7 @@ def resolve_sites(
         group = tuple(
             other
             for other in chosen
-            if other.rpartition("/")[0] == parent and found.visits[other].x is visit.x and chosen[other].dropout == 0
+            if other.rpartition("/")[0] == parent and found.visits[other].shares(visit) and chosen[other].dropout == 0
         )
         sites.append(
             AdaptedSite(
