@@ -256,6 +256,18 @@ class Adapter:
         """What the first layer finds in ``AdapterInputs.chain``, for x: (*kept, in) of ``dtype``."""
         return None
 
+    def input_norm(self, leaves: Leaves, second_moment: Array) -> Array:
+        """Of a chained method, the norm of what a layer hands on, (...,), from the sum of x^T x: (..., in, in)."""
+        raise TypeError(f"{type(self).__name__} hands nothing on")
+
+    def weight_norm(self, leaves: Leaves, kernel: Kernel) -> Array:
+        """Of a chained method, the norm of each layer's merged kernel, (...,)."""
+        raise TypeError(f"{type(self).__name__} hands nothing on")
+
+    def earlier_share(self, norms: Array) -> Array:
+        """Of a chained method, the constant gate of each layer of a chain, (layers,), from the norms: (layers,)."""
+        raise TypeError(f"{type(self).__name__} hands nothing on")
+
     def delta(
         self,
         leaves: Leaves,

@@ -157,6 +157,24 @@ class ResLoRA(Adapter):
         extra = gates[0] if gates is not None else 1.0 if self.form == "input" else 0.0
         return kernel.replace(kernel.dense() + self.scale * (1 + extra) * leaves.params["a"] @ leaves.params["b"])
 
+    def input_norm(self, leaves: Leaves, second_moment: Array) -> Array:
+        """||x|| for ``input``, ||x a|| for ``middle``, over all tokens of the sum of x^T x: (..., in, in)."""
+        if self.form == "input":
+            return jnp.sqrt(jnp.trace(second_moment, axis1=-2, axis2=-1))
+        a = leaves.params["a"]
+        return jnp.sqrt(jnp.sum(a * (second_moment @ a), axis=(-2, -1)))
+
+    def weight_norm(self, leaves: Leaves, kernel: Kernel) -> Array:
+        """||W + s a b|| of each layer, for ``input``.
+
+        Raises:
+            ValueError: for ``middle``, whose x a is not the output of a merged weight.
+        """
+        if self.form != "input":
+            raise ValueError(f"ResLoRA's form {self.form!r} has no merge by weight; merge by input")
+        merged = kernel.dense() + self.scale * leaves.params["a"] @ leaves.params["b"]
+        return jnp.sqrt(jnp.sum(jnp.square(merged), axis=(-2, -1)))
+
     def earlier_share(self, norms: Array) -> Array:
         """alpha: (layers,) from the norms f: (layers,) of the layers' inputs (``input``) or of x a (``middle``)."""
         reach = len(norms) - 1 if self.previous < 0 else min(self.previous, len(norms) - 1)

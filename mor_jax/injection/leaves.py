@@ -110,7 +110,7 @@ def init_leaves(key: Array, plan: AdapterPlan, params: Mapping[str, Any]) -> Lea
 
 def site_leaves(leaves: Leaves, path: str) -> Leaves:
     """What is stored under one path (of a site, a gate or shared leaves) out of the trees of a whole model."""
-    return Leaves(*(tree.get(path, {}) for tree in leaves))
+    return Leaves(*(tree.get(path, {}) for tree in leaves))  # pyright: ignore[reportArgumentType]
 
 
 def with_shared(own: Leaves, shared: Leaves) -> Leaves:

@@ -18,8 +18,8 @@ from flax.core import meta
 from jax import Array
 
 from mor_jax.adapters import Kernel, Leaves, NotMergeable
-from mor_jax.injection import AdaptedSite, AdapterPlan, get_path, replace_site_kernels, site_kernels
-from mor_jax.injection.leaves import set_path
+from mor_jax.injection import AdaptedSite, AdapterPlan, get_path, link_leaves, replace_site_kernels, site_kernels
+from mor_jax.injection.leaves import set_path, site_leaves, with_shared
 
 Params = Mapping[str, Any]
 
@@ -27,11 +27,6 @@ Params = Mapping[str, Any]
 def gate_key(adapted: AdaptedSite) -> str:
     """Where a site's constant gates are looked up: its block's path, or its own."""
     return adapted.gate_path or adapted.site.path
-
-
-def site_leaves(leaves: Leaves, path: str) -> Leaves:
-    """One site's leaves out of the trees of a whole model."""
-    return Leaves(*(tree.get(path, {}) for tree in leaves))
 
 
 def sharding_of(value: Any) -> Any:
@@ -80,29 +75,33 @@ def merge_site(
 ) -> dict[str, Any]:
     """``merge`` of a single site.
 
+    Args:
+        params: The frozen base.
+        leaves: All adapters, linked (``link_leaves``).
+        adapted: The site.
+        gates: As for ``merge``.
+
     Raises:
-        NotMergeable: if its gate depends on the input and ``gates`` has none for it.
+        NotMergeable: if the method has no exact merge and ``gates`` has none for it, or it does not want to be merged.
     """
     path = adapted.site.path
     own = site_leaves(leaves, path)
     if not own.params:
         raise KeyError(f"no adapter leaves for {path}; were they made for other targets?")
     constant = (gates or {}).get(gate_key(adapted))
-    if not adapted.adapter.routed:
-        return update_site(params, adapted, lambda kernel, own: adapted.adapter.merge(own, kernel), own)
-    if constant is None:
-        kernel = site_kernels(params, adapted)
-        shape = kernel.value.shape[len(adapted.stack_sizes) :]
-        one = jax.ShapeDtypeStruct(shape, kernel.dtype)
+    common = site_leaves(leaves, adapted.shared) if adapted.shared else Leaves({})
+
+    def change(kernel: Kernel, own: Leaves, gates: Array | None = None) -> Array:
+        return adapted.adapter.merge(with_shared(own, common), kernel, gates)
+
+    if adapted.adapter.merges_exactly or constant is None:
         try:
-            jax.eval_shape(lambda v: adapted.adapter.merge(own, Kernel(v, adapted.in_axes, adapted.out_axes)), one)
+            return update_site(params, adapted, change, own)
         except NotMergeable as error:
             raise NotMergeable(f"{path}: {error}") from error
-        raise NotMergeable(f"{path}: {type(adapted.adapter).__name__} reads its gates from the input; give gates")
-    expected = (*adapted.stack_sizes, adapted.adapter.num_gates)
+    expected = (*adapted.stack_sizes, adapted.adapter.num_gates or 1)
     if constant.shape != expected:
         raise ValueError(f"gates of {gate_key(adapted)} have shape {constant.shape}, expected {expected}")
-    change = lambda kernel, own, gates: adapted.adapter.merge(own, kernel, gates)  # noqa: E731
     return update_site(params, adapted, change, own, jnp.asarray(constant, jnp.float32))
 
 
@@ -131,12 +130,13 @@ def merge(
         params: The frozen base.
         leaves: The adapters, layer axes leading.
         plan: From ``resolve_sites``.
-        gates: Constant gates, {gate path: (layers..., N)}, for methods whose gate depends on the input.
+        gates: Constant gates, {gate path: (layers..., N)}, for methods whose gate depends on the input; and
+            for chains of layers, {site: (layers..., 1)}, from ``earlier_shares``.
 
     Raises:
-        NotMergeable: if such a method has no constant gates; the message names the site and what to do instead.
+        NotMergeable: if such a method has none; the message names the site and what to do instead.
     """
-    merged = dict(params)
+    merged, leaves = dict(params), link_leaves(plan, leaves)
     for adapted in plan.sites:
         merged = merge_site(merged, leaves, adapted, gates)
     return merge_trained_modules(merged, leaves, plan)
