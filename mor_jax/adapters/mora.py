@@ -35,6 +35,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, Site
+from mor_jax.adapters.remora import FoldMatrix
 
 GROUP_TYPES = ("sharing", "contiguous", "contiguous_tiled", "sharing_repeated")
 # [compress][decompress] -> type: compress by stride or by neighbours, decompress by tiling or by repeating.
@@ -65,6 +66,15 @@ class MoRA(Adapter):
             raise ValueError(f"MoRA.reset_every must not be negative, got {self.reset_every}")
         if self.reset_every and self.group_type == "rotation":
             raise ValueError(f"MoRA.reset_every cycles through {', '.join(GROUP_TYPES)}; start with one of them")
+
+    @property
+    def rule(self) -> str:
+        """ReMoRA folds M."""
+        return "fold" if self.reset_every else ""
+
+    def rules(self, total_steps: int) -> tuple[FoldMatrix, ...]:
+        """The fold of ReMoRA."""
+        return (FoldMatrix(interval=self.reset_every, total_steps=total_steps),) if self.reset_every else ()
 
     def size(self, site: Site) -> int:
         """k: rows and columns of M, even for rotation."""

@@ -170,7 +170,7 @@ def _check_methods(plan: AdapterPlan) -> list[Any]:
 
 
 def _rank_alpha(method: Any, rs: bool) -> tuple[int, float]:
-    """PEFT divides all alphas by the rank, or all by its root: among plain LoRAs an rsLoRA's is its scale times rank."""
+    """Among LoRAs an rsLoRA's alpha is its scale times rank: PEFT divides all by the rank, or all by its root."""
     return method.rank, method.alpha if rs or isinstance(method, DoRA) else method.scale * method.rank
 
 

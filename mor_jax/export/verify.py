@@ -153,7 +153,7 @@ def verify_adapter(
     """
     tokens = probe_tokens(config) if tokens is None else np.asarray(tokens)
     example = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    found_plan, found, _ = load_adapter(directory, Decoder(config), params, example)
+    found_plan, found, _ = load_adapter(Path(directory), Decoder(config), params, example)
     stored = live_logits(params, config, tokens, found_plan, found)
     return _compare(stored, live_logits(params, config, tokens, plan, leaves), tolerance, "mor_jax")
 

@@ -8,8 +8,10 @@ There is no way back: keep the base.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,7 +19,7 @@ import jax.numpy as jnp
 from flax.core import meta
 from jax import Array
 
-from mor_jax.adapters import Kernel, Leaves, NotMergeable
+from mor_jax.adapters import Adapter, Kernel, Leaves, NotMergeable
 from mor_jax.injection import AdaptedSite, AdapterPlan, get_path, link_leaves, replace_site_kernels, site_kernels
 from mor_jax.injection.leaves import set_path, site_leaves, with_shared
 
@@ -35,27 +37,40 @@ def sharding_of(value: Any) -> Any:
     return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
 
 
-def update_site(params: Params, adapted: AdaptedSite, change: Callable[..., Array], *arrays: Any) -> dict[str, Any]:
+def update_site(
+    params: Params, adapted: AdaptedSite, change: Callable[..., Array], *arrays: Any, **common: Any
+) -> dict[str, Any]:
     """``params`` with one site's kernels changed, one layer at a time.
 
     Args:
         params: Base parameters.
         adapted: The site.
-        change: (``Kernel`` of one layer, *arrays of one layer) -> that layer's kernel in its own layout and dtype.
+        change: (``Kernel`` of one layer, *arrays of one layer) -> that layer's kernel in its own layout and dtype;
+            hashable, and equal ones compile once.
         *arrays: Pytrees whose leaves have the site's layer axes leading.
+        **common: Pytrees that every layer gets whole.
 
     Returns:
         A copy of the dictionaries along the kernel's path; dtype, boxes and sharding of the kernel stay.
     """
+    old = get_path(params, adapted.kernel_path)
+    own: dict[str, Any] = set_path({}, adapted.kernel_path, old)
+    merged = _compiled_update(adapted, change, sharding_of(meta.unbox(old)))(own, arrays, common)
+    return set_path(params, adapted.kernel_path, meta.replace_boxed(old, merged))
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled_update(adapted: AdaptedSite, change: Callable[..., Array], sharding: Any) -> Any:
+    """(one site's branch of the parameters, arrays by layer, arrays of all layers) -> its new kernel."""
     sizes = adapted.stack_sizes
     count, depth = math.prod(sizes), len(sizes)
 
-    def run(params: Params, arrays: Any) -> Array:
+    def run(params: Params, arrays: Any, common: Mapping[str, Any]) -> Array:
         stacked = site_kernels(params, adapted).value
 
         def one(parts: Any) -> Array:
             value, own = parts
-            return change(Kernel(value, adapted.in_axes, adapted.out_axes), *own)
+            return change(Kernel(value, adapted.in_axes, adapted.out_axes), *own, **common)
 
         if not depth:
             new = one((stacked, arrays))
@@ -64,10 +79,22 @@ def update_site(params: Params, adapted: AdaptedSite, change: Callable[..., Arra
             new = jax.lax.map(one, flat).reshape(stacked.shape)
         return meta.unbox(get_path(replace_site_kernels(params, adapted, new), adapted.kernel_path))
 
-    old = get_path(params, adapted.kernel_path)
-    own: dict[str, Any] = set_path({}, adapted.kernel_path, old)
-    merged = jax.jit(run, out_shardings=sharding_of(meta.unbox(old)))(own, arrays)
-    return set_path(params, adapted.kernel_path, meta.replace_boxed(old, merged))
+    return jax.jit(run, out_shardings=sharding)
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """A method's merge of one layer."""
+
+    adapter: Adapter
+
+    def __call__(self, kernel: Kernel, own: Leaves, gates: Array | None = None, *, common: Leaves) -> Array:
+        return self.adapter.merge(with_shared(own, common), kernel, gates)
+
+
+def add_change(kernel: Kernel, change: Array) -> Array:
+    """The kernel plus a change (in, out), summed in float32 and rounded once."""
+    return kernel.replace(kernel.dense() + change)
 
 
 def merge_site(
@@ -90,19 +117,15 @@ def merge_site(
         raise KeyError(f"no adapter leaves for {path}; were they made for other targets?")
     constant = (gates or {}).get(gate_key(adapted))
     common = site_leaves(leaves, adapted.shared) if adapted.shared else Leaves({})
-
-    def change(kernel: Kernel, own: Leaves, gates: Array | None = None) -> Array:
-        return adapted.adapter.merge(with_shared(own, common), kernel, gates)
-
     if adapted.adapter.merges_exactly or constant is None:
         try:
-            return update_site(params, adapted, change, own)
+            return update_site(params, adapted, _Fold(adapted.adapter), own, common=common)
         except NotMergeable as error:
             raise NotMergeable(f"{path}: {error}") from error
     expected = (*adapted.stack_sizes, adapted.adapter.num_gates or 1)
     if constant.shape != expected:
         raise ValueError(f"gates of {gate_key(adapted)} have shape {constant.shape}, expected {expected}")
-    return update_site(params, adapted, change, own, jnp.asarray(constant, jnp.float32))
+    return update_site(params, adapted, _Fold(adapted.adapter), own, jnp.asarray(constant, jnp.float32), common=common)
 
 
 def merge_trained_modules(params: Params, leaves: Leaves, plan: AdapterPlan) -> dict[str, Any]:
