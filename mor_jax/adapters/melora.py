@@ -78,8 +78,8 @@ class MELoRA(Adapter):
         """concat_i s (x_i a_i) b_i for x: (..., in), as (..., out)."""
         a, b, dtype = leaves.params["a"], leaves.params["b"] * self.scale, base_output.dtype
         slices = x.reshape(*x.shape[:-1], self.num_minis, -1)
-        hidden = jnp.einsum("...ni,nir->...nr", slices, a.astype(x.dtype), preferred_element_type=jnp.float32)
-        return jnp.einsum("...nr,nro->...no", hidden.astype(dtype), b.astype(dtype)).reshape(*x.shape[:-1], -1)
+        hidden = jnp.einsum("...ni,nir->...nr", slices.astype(dtype), a.astype(dtype))
+        return jnp.einsum("...nr,nro->...no", hidden, b.astype(dtype)).reshape(*x.shape[:-1], -1)
 
     def num_params(self, site: Site) -> int:
         """rank (in + out) a layer, whatever n.

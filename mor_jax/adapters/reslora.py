@@ -182,6 +182,10 @@ class ResLoRA(Adapter):
         share = earlier / jnp.where(norms > 0, norms, 1.0)
         return share.at[0].set(1.0) if self.form == "input" else share
 
+    def logical_axes(self, site: Site) -> dict[str, tuple[str | None, ...]]:
+        """a follows the kernel's inputs, b its outputs."""
+        return {"a": ("in", None), "b": (None, "out")}
+
 
 def _shifted(values: Array, count: int) -> Array:
     """Layer n gets what layer n - count had; the first ones get zeros."""
