@@ -52,21 +52,21 @@ class Rules:
 
     def init(self, leaves: Leaves) -> dict[str, Any]:
         """{index and name of an event rule: its state}; empty for rules without state."""
-        states = {_name(number, rule): rule.init(leaves) for number, rule in enumerate(self.events)}
+        states = {self.name_of(number): rule.init(leaves) for number, rule in enumerate(self.events)}
         return {name: state for name, state in states.items() if state}
 
     def observe(self, rule_state: Mapping[str, Any], statistics: Mapping[str, Any]) -> dict[str, Any]:
         """The state after one more optimiser step with these statistics."""
-        named = {_name(number, rule): rule for number, rule in enumerate(self.events)}
+        named = {self.name_of(number): rule for number, rule in enumerate(self.events)}
         return {name: named[name].observe(state, statistics) for name, state in rule_state.items()}
 
     def due(self, step: int) -> tuple[tuple[str, EventRule], ...]:
         """The (name in the state, rule) pairs that happen after optimiser step ``step``, counted from 1."""
-        return tuple((_name(n, rule), rule) for n, rule in enumerate(self.events) if rule.due(step))
+        return tuple((self.name_of(n), rule) for n, rule in enumerate(self.events) if rule.due(step))
 
-
-def _name(number: int, rule: EventRule) -> str:
-    return f"{number}-{rule.name}"
+    def name_of(self, number: int) -> str:
+        """The key of event rule ``number`` in the rules' state."""
+        return f"{number}-{self.events[number].name}"
 
 
 def plan_rules(plan: AdapterPlan, total_steps: int) -> Rules:
