@@ -10,7 +10,7 @@ from typing import Any
 
 from mor_jax.cli.calibration import Batches, merge_batches
 from mor_jax.cli.flags import UsageError
-from mor_jax.cli.opening import LiveModel, load_tokenizer, open_run
+from mor_jax.cli.opening import LiveModel, at_rank, load_tokenizer, open_run
 from mor_jax.cli.options import ExportOptions, MergeOptions
 from mor_jax.data import DataError
 from mor_jax.export import export_hf, probe_tokens
@@ -97,7 +97,7 @@ def merge_command(options: MergeOptions) -> dict[str, Any]:
       UsageError, DataError, ModelFileError: bad input; nothing has been written.
     """
     output = check_output(options.output_dir)
-    live = open_run(options.run)
+    live = at_rank(open_run(options.run), options.rank)
     check_gates(options.gates, live.tasks)
     merged, report = merged_model(live, options)
     export_hf(merged, live.config, output, source_dir=live.directory, report=report)
