@@ -221,7 +221,7 @@ def target_rows(run: Run, adapters: Any) -> list[TargetRow]:
         counted += frozen
         shape = f"{site.num_layers} x ({site.in_features}, {site.out_features})"
         rank = str(getattr(adapted.adapter, "rank", ""))
-        merges = "approximate" if adapted.adapter.routed else "exact"
+        merges = "exact" if adapted.adapter.merges_exactly else "approximate"
         rows.append(_row(run, adapters, site.path, shape, f"{rank} {adapted.adapter.name}".strip(), frozen, merges))
     for path, adapted in run.plan.gates.items():
         rows.append(_row(run, adapters, path, f"gate of {adapted.gate_features}", "", 0))
