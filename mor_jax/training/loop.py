@@ -59,8 +59,8 @@ def train(config: TrainConfig, optimizer: optax.GradientTransformation | None = 
     Returns:
       `steps` (the last step), `loss` (training mean of the last 10 steps), `trainable_parameters`, `padded_parameters`
       (entries of the trained leaves, with those that fill ranks up to a static shape), `tokens_per_second`
-      (real tokens after step 2; 0 for shorter runs), `output_dir`, and with held-out data `eval_loss`, `eval_tokens`
-      and, for several tasks, `eval_loss_by_task`.
+      (real tokens after step 2; 0 for shorter runs), `step_seconds` (mean, likewise), `output_dir`, and with held-out
+      data `eval_loss`, `eval_tokens` and, for several tasks, `eval_loss_by_task`.
 
     Raises:
       ConfigError, MeshError, ModelFileError, DataError, InjectionError: bad input; nothing was written.
@@ -116,13 +116,17 @@ class _Loop:
     learning_rates: np.ndarray  # of every step
     throughput: Throughput = field(default_factory=Throughput)
     rate: float = 0.0  # tokens a second, after the last step reported
+    step_seconds: float = 0.0  # mean, after step 2
     pending: tuple[int, float | None, Any] | None = None  # step, real tokens, metrics on the device
     evaluated: dict[str, Any] = field(default_factory=dict)
 
     def run_steps(self) -> None:
         """All steps that are left, and what falls due after each."""
         steps = self.run.config.steps
-        batch, tokens = self._next_batch() if self.done < steps else (None, None)
+        batch: Any = None
+        tokens: float | None = None
+        if self.done < steps:
+            batch, tokens = self._next_batch()
         self.stop.wait_for_step()
         while self.done < steps:
             self.state, metrics = self.step(self.state, self.run.params, batch)
@@ -150,6 +154,7 @@ class _Loop:
             "trainable_parameters": run.plan.num_params(),
             "padded_parameters": sum(leaf.size for leaf in jax.tree.leaves(self.state.adapters)),
             "tokens_per_second": self.rate,
+            "step_seconds": self.step_seconds,
             "output_dir": config.output_dir,
         } | self.evaluated
 
@@ -196,6 +201,7 @@ class _Loop:
             raise NonFiniteError(step, self.step.names[bad])
         self.losses.append(float(metrics["loss"]))
         self.rate = self.throughput.add(float(metrics["tokens"]) if tokens is None else tokens)
+        self.step_seconds = self.throughput.step_seconds()
         values = {name: metrics[name] for name in ("loss", "tokens", "gradient_norm")}
         if not self.metadata["custom_optimizer"]:
             values["learning_rate"] = self.learning_rates[step - 1]

@@ -69,9 +69,12 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
+_NUMBER = int | float | np.number
+
+
 def _scalars(name: str, value: Any) -> list[tuple[str, float]]:
     if isinstance(value, Mapping):
-        return [(f"{name}/{key}", float(item)) for key, item in value.items() if np.isscalar(item)]
+        return [(f"{name}/{key}", float(item)) for key, item in value.items() if isinstance(item, _NUMBER)]
     array = np.asarray(value)
     return [(name, float(array))] if array.ndim == 0 and np.issubdtype(array.dtype, np.number) else []
 
@@ -187,6 +190,11 @@ class Throughput:
         """Tokens a second; 0 before step `skip + 1` has ended."""
         elapsed = time.perf_counter() - self._start
         return self._tokens / elapsed if self._tokens and elapsed > 0 else 0.0
+
+    def step_seconds(self) -> float:
+        """Mean seconds a step; 0 before step `skip + 1` has ended."""
+        counted = self._seen - self._skip
+        return (time.perf_counter() - self._start) / counted if counted > 0 else 0.0
 
 
 @dataclass(frozen=True)

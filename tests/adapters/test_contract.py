@@ -115,7 +115,7 @@ def test_init_is_deterministic_in_its_key(name, options):
 
 
 @each_case
-@settings(max_examples=3, deadline=None, derandomize=True, database=None)
+@settings(max_examples=3)
 @given(st.sampled_from([(1, 1, 1, 1), (1, 7, 1, 3), (7, 1, 2, 3), (5, 9, 5, 1), (6, 4, 2, 3), (9, 9, 1, 2)]))
 def test_delta_equals_the_oracle(name, options, sizes):
     in_features, out_features, rank, tokens = sizes
