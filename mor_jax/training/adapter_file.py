@@ -62,8 +62,9 @@ def save_adapter(
     beside.mkdir(parents=True)
     tensors = _tensors(leaves)
     save_file(tensors, str(beside / WEIGHTS))
-    description = _describe(plan) | {"shapes": {name: list(value.shape) for name, value in tensors.items()}}
-    description |= dict(metadata or {}) | {"constants_sha256": constants_sha256(leaves.constants)}
+    description = dict(metadata or {}) | _describe(plan)  # metadata that was read may be that of a larger rank
+    description["shapes"] = {name: list(value.shape) for name, value in tensors.items()}
+    description["constants_sha256"] = constants_sha256(leaves.constants)
     (beside / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
     write_manifest(beside)
     old = directory.with_name(directory.name + ".old")
