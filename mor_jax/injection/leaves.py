@@ -90,7 +90,7 @@ def init_leaves(key: Array, plan: AdapterPlan, params: Mapping[str, Any]) -> Lea
             if own:
                 tree[adapted.site.path] = own
     for name, sites in plan.shared.items():
-        own = sites[0].adapter.shared(jax.random.fold_in(key, site_id(name)), tuple(s.site for s in sites))
+        own: Any = sites[0].adapter.shared(jax.random.fold_in(key, site_id(name)), tuple(s.site for s in sites))
         for tree, part in zip(trees, own, strict=True):
             if part:
                 tree[name] = part
