@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mor_jax.cli.flags import UsageError
-from mor_jax.cli.opening import LiveModel, end_ids, load_tokenizer, open_model
+from mor_jax.cli.opening import LiveModel, at_rank, end_ids, load_tokenizer, open_model
 from mor_jax.cli.options import EvalOptions
 from mor_jax.data import (
     DataError,
@@ -41,7 +41,7 @@ def evaluate_command(options: EvalOptions) -> dict[str, Any]:
     if options.sequence_length < 2:
         raise UsageError(f"--sequence-length must be at least 2, got {options.sequence_length}")
     source = parse_source(options.data)
-    model = open_model(options.model, options.dtype)
+    model = at_rank(open_model(options.model, options.dtype), options.rank)
     tokenizer = load_tokenizer(model.directory)
     measure = {"perplexity": _perplexity, "choice": _choice, "generation": _generation}[options.task]
     return {"metrics": measure(model, tokenizer, source, options), "task": options.task, "data": options.data}

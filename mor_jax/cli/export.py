@@ -9,7 +9,7 @@ from typing import Any
 from mor_jax.adapters import Leaves
 from mor_jax.cli.flags import UsageError
 from mor_jax.cli.merge import check_gates, check_output, merged_model, report_summary, run_batches, run_call
-from mor_jax.cli.opening import LiveModel, open_run
+from mor_jax.cli.opening import LiveModel, at_rank, open_run
 from mor_jax.cli.options import ExportOptions
 from mor_jax.export import Verification, export_hf, export_peft, verify_adapter, verify_export, verify_peft
 from mor_jax.injection import AdapterPlan
@@ -32,6 +32,8 @@ def export_command(options: ExportOptions) -> dict[str, Any]:
     if options.rank < 0:
         raise UsageError(f"--rank must not be negative, got {options.rank}")
     live = open_run(options.run)
+    imitated = options.format == "peft" and any(a.adapter.routed for a in live.plan.sites) if live.plan else False
+    live = live if imitated else at_rank(live, options.rank)
     check_gates(options.gates, live.tasks)
     write = {"hf": _export_hf, "peft": _export_peft, "safetensors": _export_adapter}[options.format]
     found, report = write(live, options, output)

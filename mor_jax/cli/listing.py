@@ -37,7 +37,7 @@ def methods_command() -> list[dict[str, Any]]:
                 if adapter.num_gates
                 else "none",
                 "rule": adapter.rule or "none",
-                "merge": f"approximate: {APPROXIMATIONS}" if adapter.routed else "exact",
+                "merge": f"approximate: {APPROXIMATIONS}" if not adapter.merges_exactly else "exact",
                 "parameters": fields,
             }
         )
@@ -73,7 +73,7 @@ def inspect_command(options: InspectOptions) -> dict[str, Any]:
     shapes = abstract_params(model)
     trainable = plan.num_params()
     replaced = sum(size for _, size in plan.trained_shapes)
-    mergeable = not any(adapted.adapter.routed for adapted in plan.sites)
+    mergeable = all(adapted.adapter.merges_exactly for adapted in plan.sites)
     return {
         "model": str(options.model),
         "method": options.method,
@@ -106,7 +106,7 @@ def _site(adapted: Any) -> dict[str, Any]:
         "rank": getattr(adapter, "rank", None),
         "trainable_parameters": adapter.num_params(site),
         "frozen_parameters": site.num_layers * site.in_features * site.out_features,
-        "mergeable": "approximate" if adapter.routed else "exact",
+        "mergeable": "approximate" if not adapter.merges_exactly else "exact",
     }
 
 

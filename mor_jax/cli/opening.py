@@ -15,7 +15,7 @@ import numpy as np
 
 from mor_jax.adapters import AdapterInputs, Leaves
 from mor_jax.cli.flags import UsageError
-from mor_jax.injection import Adapted, AdapterPlan
+from mor_jax.injection import Adapted, AdapterPlan, cut_to_rank
 from mor_jax.models import Decoder, DecoderConfig
 from mor_jax.models.generation import CachedForward, generate
 from mor_jax.models.hf import load_params, read_config
@@ -118,6 +118,23 @@ def open_model(path: str | Path, dtype: str | None = None) -> LiveModel:
         return open_run(path, dtype)
     config = dataclasses.replace(read_config(path), dtype=dtype or "float32", param_dtype=dtype or "float32")
     return LiveModel(directory=path, config=config, params=load_params(path, config))
+
+
+def at_rank(live: LiveModel, rank: int) -> LiveModel:
+    """The run with its adapter cut to a rank that it was trained for; 0 leaves it as it is.
+
+    Raises:
+      UsageError: there is no adapter, or its method does not allow the rank.
+    """
+    if not rank:
+        return live
+    if live.plan is None or live.leaves is None:
+        raise UsageError(f"--rank {rank}: {live.directory} has no adapter; give the run folder of `mor train`")
+    try:
+        plan, leaves = cut_to_rank(live.plan, live.leaves, rank)
+    except ValueError as error:
+        raise UsageError(f"--rank {rank}: {error}") from error
+    return dataclasses.replace(live, plan=plan, leaves=leaves)
 
 
 def open_run(path: str | Path, dtype: str | None = None) -> LiveModel:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters import Adapter, AdapterInputs, Kernel, Leaves
+from mor_jax.adapters import Adapter, AdapterInputs, Kernel, Leaves, Site
 from mor_jax.injection import Adapted, AdaptedSite, AdapterPlan
 from mor_jax.injection.adapted import emit
 
@@ -94,6 +94,25 @@ class Capture(Adapter):
         """The method's."""
         return self.inner.routed
 
+    @property
+    def chained(self) -> bool:
+        """The method's."""
+        return self.inner.chained
+
+    @property
+    def linked(self) -> bool:
+        """The method's."""
+        return self.inner.linked
+
+    def link(self, leaves: Leaves) -> Leaves:
+        """The method's leaves linked, ours untouched."""
+        linked = self.inner.link(_own(leaves))
+        return linked._replace(params={**linked.params, **_extra(leaves)})
+
+    def init_chain(self, site: Site, kept: tuple[int, ...], dtype: Any) -> Any:
+        """The method's."""
+        return self.inner.init_chain(site, kept, dtype)
+
     def prepare(self, leaves: Leaves, kernel: Kernel) -> Leaves:
         """The method's leaves prepared, ours untouched."""
         prepared = self.inner.prepare(_own(leaves), kernel)
@@ -111,10 +130,13 @@ class Capture(Adapter):
         kernel: Kernel,
         gates: Array | None,
         inputs: AdapterInputs,
-    ) -> Array:
+    ) -> Array | tuple[Array, Any]:
         """The method's delta (in merged rows of merged layers: x D), with the sums of this call in its gradient."""
         extra = _extra(leaves)
-        delta = self.inner.delta(_own(leaves), self._factored(leaves, x), base_output, kernel, gates, inputs)
+        delta: Any = self.inner.delta(_own(leaves), self._factored(leaves, x), base_output, kernel, gates, inputs)
+        chain = None
+        if inputs.chain is not None:
+            delta, chain = delta
         change = extra.get(EXTRA + "change")
         weight = _token_weight(inputs, x)
         seen, target = x, delta
@@ -130,7 +152,8 @@ class Capture(Adapter):
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         statistics = jax.lax.cond(extra[EXTRA + "wanted"][0] > 0, lambda: compute(*sums, weight, change), lambda: zeros)
         probes = {name: extra[EXTRA + name] for name in statistics}
-        return emit(delta, probes, statistics)
+        delta = emit(delta, probes, statistics)
+        return delta if chain is None else (delta, chain)
 
     def _factored(self, leaves: Leaves, x: Array) -> Array:
         factor = self.inner.input_factor(_own(leaves))
@@ -138,7 +161,7 @@ class Capture(Adapter):
             return x
         return jnp.matmul(x, factor.astype(x.dtype), preferred_element_type=jnp.float32)
 
-    def num_params(self, site: Any) -> int:
+    def num_params(self, site: Site) -> int:
         """The method's."""
         return self.inner.num_params(site)
 

@@ -183,7 +183,7 @@ def measure_fidelity(
         raise ValueError("fidelity needs at least one held-out token")
     return FidelityReport(
         method=method,
-        exact=not any(s.adapter.routed for s in plan.sites),
+        exact=all(s.adapter.merges_exactly for s in plan.sites),
         kl=max(total["kl"] / tokens, 0.0) if math.isfinite(total["kl"]) else total["kl"],
         max_logit_difference=total["max"],
         mean_logit_difference=total["mean"] / tokens,

@@ -69,12 +69,15 @@ class DecoderLayer(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, window: jax.Array | int | None, inputs: LayerInputs) -> tuple[jax.Array, None]:
-        """x (B, S, D) to ((B, S, D), None): carry and output, as a scan wants them."""
+    def __call__(
+        self, carry: tuple[jax.Array, Any], window: jax.Array | int | None, inputs: LayerInputs
+    ) -> tuple[tuple[jax.Array, Any], None]:
+        """(x (B, S, D), extra) to ((x, extra), None): carry and output, as a scan wants them; extra is passed on."""
+        x, carry_extra = carry
         normed = RMSNorm(self.config, name="input_layernorm")(x)
         x = x + Attention(self.config, name="self_attn")(normed, inputs, window)
         normed = RMSNorm(self.config, name="post_attention_layernorm")(x)
-        return x + MLP(self.config, name="mlp")(normed), None
+        return (x + MLP(self.config, name="mlp")(normed), carry_extra), None
 
 
 class Decoder(nn.Module):
@@ -99,6 +102,7 @@ class Decoder(nn.Module):
         *,
         decode: bool = False,
         output: str = "logits",
+        carry_extra: Any = None,
     ) -> jax.Array:
         """Logits (B, S, V) float32, or hidden states.
 
@@ -109,6 +113,7 @@ class Decoder(nn.Module):
           decode: read and write the "cache" collection (see `init_cache`, pass `mutable=["cache"]`).
           output: "logits"; "last" for the logits of the last position alone, (B, 1, V); "hidden" for the final-normed
             hidden states (B, S, D), which times `head_kernel` are the logits.
+          carry_extra: an opaque pytree that is threaded through the layers beside the hidden states.
 
         Raises:
           ValueError: unknown output, or `decode` without a cache.
@@ -135,22 +140,22 @@ class Decoder(nn.Module):
             embedding_init=nn.initializers.normal(config.initializer_range),
             name="embed_tokens",
         )
-        x = self._layers(embed(input_ids), inputs, windowed)
+        x = self._layers((embed(input_ids), carry_extra), inputs, windowed)
         x = RMSNorm(config, name="norm")(x[:, -1:] if output == "last" else x)
         if output == "hidden" and not (self.is_initializing() and not config.tie_word_embeddings):
             return x
         logits = self._logits(x, embed)
         return x if output == "hidden" else logits
 
-    def _layers(self, x: jax.Array, inputs: LayerInputs, windowed: bool) -> jax.Array:
+    def _layers(self, carry: tuple[jax.Array, Any], inputs: LayerInputs, windowed: bool) -> jax.Array:
         config = self.config
         layer = DecoderLayer
         if config.remat != "none":
             layer = nn.remat(layer, policy=_REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
         if not config.scan_layers:
             for number, window in enumerate(config.windows):
-                x, _ = layer(config, name=f"layers_{number}")(x, window, inputs)
-            return x
+                carry, _ = layer(config, name=f"layers_{number}")(carry, window, inputs)
+            return carry[0]
         scanned = nn.scan(
             layer,
             variable_axes={"params": 0, "cache": 0, "intermediates": 0},
@@ -161,7 +166,7 @@ class Decoder(nn.Module):
         windows = None
         if windowed:
             windows = jnp.asarray([_NO_WINDOW if w is None else w for w in config.windows], jnp.int32)
-        return scanned(config, name="layers")(x, windows, inputs)[0]
+        return scanned(config, name="layers")(carry, windows, inputs)[0][0]
 
     def _logits(self, x: jax.Array, embed: nn.Embed) -> jax.Array:
         config = self.config

@@ -221,8 +221,11 @@ def target_rows(run: Run, adapters: Any) -> list[TargetRow]:
         counted += frozen
         shape = f"{site.num_layers} x ({site.in_features}, {site.out_features})"
         rank = str(getattr(adapted.adapter, "rank", ""))
-        merges = "approximate" if adapted.adapter.routed else "exact"
-        rows.append(_row(run, adapters, site.path, shape, f"{rank} {adapted.adapter.name}".strip(), frozen, merges))
+        true, stored = adapted.adapter.num_params(site), adapted.adapter.padded_params(site)
+        merges = "exact" if adapted.adapter.merges_exactly else "approximate"
+        rank = f"{rank} {adapted.adapter.name}".strip() + (f" ({stored:,} padded)" if stored > true else "")
+        row = _row(run, adapters, site.path, shape, rank, frozen, merges)
+        rows.append(dataclasses.replace(row, trainable=row.trainable - (stored - true)))
     for path, adapted in run.plan.gates.items():
         rows.append(_row(run, adapters, path, f"gate of {adapted.gate_features}", "", 0))
     for path in run.plan.trained_modules:
