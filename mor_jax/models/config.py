@@ -80,6 +80,14 @@ class DecoderConfig:
     qk_norm: bool = False  # RMS norm of each query and key head before the rotation (Qwen 3)
     sliding_window: int | None = None  # keys at distance >= window are not seen
     sliding_layers: tuple[bool, ...] = ()  # which layers have the window; () = all of them
+    sliding_rope_theta: float | None = None  # rope of the layers with a window (Gemma 3); None = as all others
+    sliding_rope_scaling: RopeScaling | None = None  # read only where sliding_rope_theta is set
+    query_scale: float | None = None  # factor on attention scores; None = head_dim^-1/2
+    attention_softcap: float | None = None  # scores become c * tanh(scores / c) before the mask (Gemma 2)
+    logit_softcap: float | None = None  # the same for the final logits
+    norm_unit_offset: bool = False  # RMS norms multiply by 1 + scale (Gemma)
+    post_norms: bool = False  # attention and MLP have a norm behind them too, before the residual (Gemma 2)
+    embedding_scale: float | None = None  # factor on embedded tokens, rounded to `dtype`; None = 1
     hidden_act: str = "silu"
     initializer_range: float = 0.02
     model_type: str = "llama"  # the family's name in `config.json`; the model never reads it
@@ -115,6 +123,10 @@ class DecoderConfig:
             raise ValueError(f"DecoderConfig.remat must be none, dots or full; got {self.remat!r}")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"DecoderConfig.sliding_window must be at least 1, got {self.sliding_window}")
+        for name in ("query_scale", "attention_softcap", "logit_softcap", "embedding_scale"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"DecoderConfig.{name} must be positive, got {value}")
         if self.sliding_layers and len(self.sliding_layers) != self.num_layers:
             raise ValueError(
                 f"DecoderConfig.sliding_layers has {len(self.sliding_layers)} entries for {self.num_layers} layers"
@@ -125,3 +137,16 @@ class DecoderConfig:
         """The window of each layer, None where a layer sees all earlier tokens."""
         slides = self.sliding_layers or (True,) * self.num_layers
         return tuple(self.sliding_window if slide else None for slide in slides)
+
+    @property
+    def ropes(self) -> tuple[tuple[float, RopeScaling | None], ...]:
+        """(theta, scaling) of each kind of layer: one kind, or unlimited layers first and those with a window second."""
+        unlimited = (self.rope_theta, self.rope_scaling)
+        if self.sliding_rope_theta is None:
+            return (unlimited,)
+        return unlimited, (self.sliding_rope_theta, self.sliding_rope_scaling)
+
+    @property
+    def rope_kinds(self) -> tuple[int, ...]:
+        """For each layer the index of its rope in `ropes`."""
+        return tuple(int(len(self.ropes) > 1 and window is not None) for window in self.windows)

@@ -1,9 +1,9 @@
-"""One causal decoder for Llama, Mistral, Qwen and SmolLM, told apart by `DecoderConfig` alone.
+"""One causal decoder for Llama, Mistral, Qwen, SmolLM and Gemma, told apart by `DecoderConfig` alone.
 
 Parameter paths are those of Hugging Face with "/" for "." and the layer axis stacked in front:
 
     embed_tokens/embedding                        (V, D)
-    layers/input_layernorm/scale                  (L, D)
+    layers/input_layernorm/scale                  (L, D), and the family's other norms
     layers/self_attn/{q,k,v,o}_proj/kernel        (L, in, out)
     layers/mlp/{gate,up,down}_proj/kernel         (L, in, out)
     norm/scale                                    (D,)
@@ -24,9 +24,11 @@ import jax.numpy as jnp
 from mor_jax.models.attention import (
     Attention,
     LayerInputs,
+    LayerKind,
     RMSNorm,
     default_positions,
     rotary_tables,
+    soft_cap,
     visible,
 )
 from mor_jax.models.config import DecoderConfig
@@ -64,17 +66,24 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each behind a norm and beside a residual."""
+    """Attention and MLP, each behind a norm and beside a residual; with `post_norms` each in front of one too."""
 
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, window: jax.Array | int | None, inputs: LayerInputs) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, kind: LayerKind, inputs: LayerInputs) -> tuple[jax.Array, None]:
         """x (B, S, D) to ((B, S, D), None): carry and output, as a scan wants them."""
-        normed = RMSNorm(self.config, name="input_layernorm")(x)
-        x = x + Attention(self.config, name="self_attn")(normed, inputs, window)
-        normed = RMSNorm(self.config, name="post_attention_layernorm")(x)
-        return x + MLP(self.config, name="mlp")(normed), None
+        config = self.config
+        attended = RMSNorm(config, name="input_layernorm")(x)
+        attended = Attention(config, name="self_attn")(attended, inputs, kind)
+        if config.post_norms:
+            attended = RMSNorm(config, name="post_attention_layernorm")(attended)
+        x = x + attended
+        before_mlp = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
+        transformed = MLP(config, name="mlp")(RMSNorm(config, name=before_mlp)(x))
+        if config.post_norms:
+            transformed = RMSNorm(config, name="post_feedforward_layernorm")(transformed)
+        return x + transformed, None
 
 
 class Decoder(nn.Module):
@@ -108,7 +117,7 @@ class Decoder(nn.Module):
           segment_ids: (B, S) int32, 0 = padding; tokens see earlier ones of their own segment only; None = one segment.
           decode: read and write the "cache" collection (see `init_cache`, pass `mutable=["cache"]`).
           output: "logits"; "last" for the logits of the last position alone, (B, 1, V); "hidden" for the final-normed
-            hidden states (B, S, D), which times `head_kernel` are the logits.
+            hidden states (B, S, D), which times `head_kernel` are the logits (before `logit_softcap`).
 
         Raises:
           ValueError: unknown output, or `decode` without a cache.
@@ -135,11 +144,14 @@ class Decoder(nn.Module):
             embedding_init=nn.initializers.normal(config.initializer_range),
             name="embed_tokens",
         )
-        x = self._layers(embed(input_ids), inputs, windowed)
+        x = embed(input_ids)
+        if config.embedding_scale is not None:
+            x = x * jnp.asarray(config.embedding_scale, config.dtype)
+        x = self._layers(x, inputs, windowed)
         x = RMSNorm(config, name="norm")(x[:, -1:] if output == "last" else x)
         if output == "hidden" and not (self.is_initializing() and not config.tie_word_embeddings):
             return x
-        logits = self._logits(x, embed)
+        logits = soft_cap(self._logits(x, embed), config.logit_softcap)
         return x if output == "hidden" else logits
 
     def _layers(self, x: jax.Array, inputs: LayerInputs, windowed: bool) -> jax.Array:
@@ -148,8 +160,8 @@ class Decoder(nn.Module):
         if config.remat != "none":
             layer = nn.remat(layer, policy=_REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
         if not config.scan_layers:
-            for number, window in enumerate(config.windows):
-                x, _ = layer(config, name=f"layers_{number}")(x, window, inputs)
+            for number, kind in enumerate(map(LayerKind, config.windows, config.rope_kinds)):
+                x, _ = layer(config, name=f"layers_{number}")(x, kind, inputs)
             return x
         scanned = nn.scan(
             layer,
@@ -158,10 +170,10 @@ class Decoder(nn.Module):
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # flax annotates the single form only
             length=config.num_layers,
         )
-        windows = None
-        if windowed:
-            windows = jnp.asarray([_NO_WINDOW if w is None else w for w in config.windows], jnp.int32)
-        return scanned(config, name="layers")(x, windows, inputs)[0]
+        windows = jnp.asarray([_NO_WINDOW if w is None else w for w in config.windows], jnp.int32)
+        ropes = jnp.asarray(config.rope_kinds, jnp.int32)
+        kinds = LayerKind(windows if windowed else None, ropes if len(config.ropes) > 1 else None)
+        return scanned(config, name="layers")(x, kinds, inputs)[0]
 
     def _logits(self, x: jax.Array, embed: nn.Embed) -> jax.Array:
         config = self.config

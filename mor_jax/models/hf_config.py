@@ -27,10 +27,26 @@ class Family:
     architecture: str  # the class name that Hugging Face files carry
     defaults: dict[str, Any] = field(default_factory=dict)  # values where `config.json` is silent
     bias_fields: dict[str, Any] = field(default_factory=dict)  # ours -> name of the JSON flag, or a fixed bool
-    qk_norm: bool = False
-    window: str = "none"  # "all" layers, "upper" (from max_window_layers on, when use_sliding_window), "none"
+    window: str = (
+        "none"  # "all" layers, "upper" (from max_window_layers on, when use_sliding_window), "pattern", "none"
+    )
+    fixed: dict[str, Any] = field(default_factory=dict)  # our fields that are so in the whole family
+    positive: dict[str, str] = field(default_factory=dict)  # ours -> JSON name of a number that may be null
+    refused: tuple[str, ...] = ()  # JSON fields that must be absent, null or false
+    activation: str = "hidden_act"  # JSON name of the activation
+    scaled_embedding: bool = False  # embedded tokens are multiplied by hidden_size^1/2
+    sliding_rope: str = ""  # JSON name of the rope theta of layers with a window
 
 
+_GEMMA = {
+    "tie_word_embeddings": True,
+    "head_dim": 256,
+    "num_key_value_heads": 4,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+_GEMMA_BIASES = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
 _QWEN = {"max_position_embeddings": 32768, "max_window_layers": 28, "sliding_window": 4096}
 FAMILIES = {
     "llama": Family(
@@ -53,8 +69,43 @@ FAMILIES = {
         architecture="Qwen3ForCausalLM",
         defaults={**_QWEN, "head_dim": 128},
         bias_fields={"qkv_bias": "attention_bias", "o_bias": "attention_bias"},
-        qk_norm=True,
+        fixed={"qk_norm": True},
         window="upper",
+    ),
+    "gemma2": Family(
+        architecture="Gemma2ForCausalLM",
+        defaults={
+            **_GEMMA,
+            "max_position_embeddings": 8192,
+            "sliding_window_pattern": 2,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        bias_fields=_GEMMA_BIASES,
+        window="pattern",
+        fixed={"norm_unit_offset": True, "post_norms": True},
+        positive={"attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"},
+        refused=("use_bidirectional_attention",),
+        activation="hidden_activation",
+        scaled_embedding=True,
+    ),
+    "gemma3_text": Family(
+        architecture="Gemma3ForCausalLM",
+        defaults={
+            **_GEMMA,
+            "max_position_embeddings": 131072,
+            "sliding_window_pattern": 6,
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10_000.0,
+        },
+        bias_fields=_GEMMA_BIASES,
+        window="pattern",
+        fixed={"norm_unit_offset": True, "post_norms": True, "qk_norm": True},
+        positive={"logit_softcap": "final_logit_softcapping"},
+        refused=("use_bidirectional_attention", "attn_logit_softcapping"),  # Hugging Face reads neither as written
+        activation="hidden_activation",
+        scaled_embedding=True,
+        sliding_rope="rope_local_base_freq",
     ),
 }
 _ROPE_FIELDS = {
@@ -134,13 +185,16 @@ def read_config(directory: str | os.PathLike) -> DecoderConfig:
     reader = _Reader(path, values, family.defaults)
     if values.get("quantization_config"):
         raise reader.fail("quantization_config", "is set; quantised weights are not supported, use a float checkpoint")
-    fields = {**_sizes(reader), **_windows(reader, family), **_rope(reader)}
+    for name in family.refused:
+        if values.get(name):
+            raise reader.fail(name, f"is {values[name]!r}, which is not supported; supported is null or false")
+    fields = {**_sizes(reader), **_windows(reader, family), **_ropes(reader, family), **_scales(reader, family)}
     for name, flag in family.bias_fields.items():
         fields[name] = flag if isinstance(flag, bool) else reader.get(flag, bool, False)
     stored = values.get("dtype", values.get("torch_dtype"))
     dtype = "bfloat16" if stored == "bfloat16" else "float32"
     try:
-        return DecoderConfig(**fields, qk_norm=family.qk_norm, model_type=model_type, dtype=dtype, param_dtype=dtype)
+        return DecoderConfig(**fields, **family.fixed, model_type=model_type, dtype=dtype, param_dtype=dtype)
     except ValueError as error:
         raise ModelFileError(f"{path}: {error}") from None
 
@@ -158,21 +212,36 @@ def _sizes(reader: _Reader) -> dict[str, Any]:
         "max_position_embeddings": reader.get("max_position_embeddings", int, required=True),
         "rms_norm_eps": reader.get("rms_norm_eps", float, 1e-6),
         "tie_word_embeddings": reader.get("tie_word_embeddings", bool, False),
-        "hidden_act": reader.get("hidden_act", str, "silu"),
         "initializer_range": reader.get("initializer_range", float, 0.02),
     }
 
 
+def _scales(reader: _Reader, family: Family) -> dict[str, Any]:
+    fields: dict[str, Any] = {name: reader.get(theirs, float) for name, theirs in family.positive.items()}
+    fields["hidden_act"] = reader.get(family.activation, str, "silu")
+    if family.scaled_embedding:
+        fields["embedding_scale"] = reader.get("hidden_size", int, required=True) ** 0.5
+    scalar = reader.get("query_pre_attn_scalar", float)
+    if scalar is not None:
+        if not scalar > 0:
+            raise reader.fail("query_pre_attn_scalar", f"must be positive, got {scalar}")
+        fields["query_scale"] = scalar**-0.5
+    return fields
+
+
 def _windows(reader: _Reader, family: Family) -> dict[str, Any]:
-    window = reader.get("sliding_window", int)
+    window = reader.get("sliding_window", int, required=family.window == "pattern")
     if family.window == "none" or window is None:
         return {}
     if family.window == "all":
         return {"sliding_window": window}
-    if not reader.get("use_sliding_window", bool, False):
+    if family.window == "upper" and not reader.get("use_sliding_window", bool, False):
         return {}
     layers = reader.get("num_hidden_layers", int, required=True)
     kinds = reader.get("layer_types", list)
+    if kinds is None and family.window == "pattern":
+        pattern = reader.get("sliding_window_pattern", int, required=True)
+        return {"sliding_window": window, "sliding_layers": tuple((n + 1) % pattern != 0 for n in range(layers))}
     if kinds is None:
         first = reader.get("max_window_layers", int, 0)
         return {"sliding_window": window, "sliding_layers": tuple(layer >= first for layer in range(layers))}
@@ -182,11 +251,26 @@ def _windows(reader: _Reader, family: Family) -> dict[str, Any]:
     return {"sliding_window": window, "sliding_layers": tuple(kind == "sliding_attention" for kind in kinds)}
 
 
-def _rope(reader: _Reader) -> dict[str, Any]:
+_LAYER_KINDS = ("full_attention", "sliding_attention")
+
+
+def _ropes(reader: _Reader, family: Family) -> dict[str, Any]:
+    """Rope settings; those that differ by kind of layer are nested under the kinds' names, or have a theta apart."""
     name = "rope_parameters" if reader.values.get("rope_parameters") else "rope_scaling"
     settings = reader.get(name, dict) or {}
+    if not family.sliding_rope:
+        return _rope(reader, name, settings, "rope_theta")
+    nested = set(settings) & set(_LAYER_KINDS)
+    parts = [settings.get(kind) or {} for kind in _LAYER_KINDS] if nested else [settings, {}]
+    if not all(isinstance(part, dict) for part in parts):
+        raise reader.fail(name, f"must hold an object for each of {', '.join(_LAYER_KINDS)}")
+    sliding = _rope(reader, name, parts[1], family.sliding_rope)
+    return {**_rope(reader, name, parts[0], "rope_theta"), **{f"sliding_{key}": of for key, of in sliding.items()}}
+
+
+def _rope(reader: _Reader, name: str, settings: dict[str, Any], theta_name: str) -> dict[str, Any]:
     inner = _Reader(reader.path, settings, {})
-    theta = inner.get("rope_theta", float) or reader.get("rope_theta", float) or 10000.0
+    theta = inner.get("rope_theta", float) or reader.get(theta_name, float) or 10000.0
     for source in (inner, reader):
         if source.get("partial_rotary_factor", float, 1.0) != 1.0:
             raise reader.fail("partial_rotary_factor", "is not 1; rotating a part of each head is not supported")
@@ -231,7 +315,7 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": config.hidden_act,
+        family.activation: config.hidden_act,
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
@@ -243,12 +327,31 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     for ours, flag in family.bias_fields.items():
         if isinstance(flag, str):
             values[flag] = getattr(config, ours)
+    for ours, theirs in family.positive.items():
+        values[theirs] = getattr(config, ours)
+    if config.query_scale is not None:
+        values["query_pre_attn_scalar"] = _written_scalar(config.query_scale)
     if family.window != "none":
         values["sliding_window"] = config.sliding_window
     if family.window == "upper":
         values["use_sliding_window"] = config.sliding_window is not None
-        values["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in config.windows]
+    if family.window in ("upper", "pattern"):
+        values["layer_types"] = [_LAYER_KINDS[window is not None] for window in config.windows]
+    if family.sliding_rope:
+        values[family.sliding_rope] = config.sliding_rope_theta
+    if config.sliding_rope_scaling is not None:
+        values["rope_parameters"] = {
+            kind: {"rope_theta": theta, **(_rope_to_hf(scaling) or {"rope_type": "default"})}
+            for kind, (theta, scaling) in zip(_LAYER_KINDS, config.ropes, strict=True)
+        }
+        del values["rope_scaling"]
     return values
+
+
+def _written_scalar(scale: float) -> int | float:
+    """The `query_pre_attn_scalar` whose inverse square root is `scale`: a whole number where it is one."""
+    scalar = scale**-2
+    return round(scalar) if abs(scalar - round(scalar)) < 1e-6 * scalar else scalar
 
 
 def _rope_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:

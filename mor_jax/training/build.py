@@ -114,7 +114,7 @@ def build_run(config: TrainConfig, optimizer: optax.GradientTransformation | Non
     batches, eval_batches, tasks = _data(config, shape)
     params = load_params(config.model, shape, shardings_of(specs, mesh))
     adapted = Adapted(base=decoder, plan=plan)
-    loss = language_model_loss(adapted, frozen_head(plan, shape), config.loss_chunk)
+    loss = language_model_loss(adapted, frozen_head(plan, shape), config.loss_chunk, shape.logit_softcap)
     return Run(config, adapted, params, mesh, specs, loss, optimizer, batches, eval_batches, tasks)
 
 
