@@ -131,7 +131,7 @@ def attend(
     key: jax.Array,
     value: jax.Array,
     mask: jax.Array,
-    scale: float | None = None,
+    scalar: float | None = None,
     softcap: float | None = None,
 ) -> jax.Array:
     """Softmax attention, (B, S, N, H) in the dtype of `value`; scores and softmax in float32.
@@ -141,14 +141,14 @@ def attend(
       key: (B, T, K, H) with N a multiple of K; query head n reads key head n // (N / K) (arXiv 2305.13245).
       value: (B, T, K, H).
       mask: (B, S, T) bool. A query that sees nothing (padding) gets a finite average that nobody reads.
-      scale: factor on the scores; None = H^-1/2.
+      scalar: scores are multiplied by its -1/2th power; None = H.
       softcap: of the scores, before the mask; None = none.
     """
     batch, length, heads, head_dim = query.shape
     kv_heads = key.shape[2]
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     scores = jnp.einsum("bskgh,btkh->bkgst", grouped, key, preferred_element_type=jnp.float32)
-    scores = soft_cap(scores * (head_dim**-0.5 if scale is None else scale), softcap)
+    scores = soft_cap(scores * (scalar or head_dim) ** -0.5, softcap)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bkgst,btkh->bskgh", weights, value).reshape(batch, length, heads, head_dim)
@@ -202,7 +202,7 @@ class Attention(nn.Module):
         mask = inputs.mask
         if kind.window is not None and inputs.distance is not None:
             mask = mask & (inputs.distance < kind.window)
-        out = attend(query, key, value, mask, config.query_scale, config.attention_softcap).reshape(*x.shape[:2], -1)
+        out = attend(query, key, value, mask, config.query_scalar, config.attention_softcap).reshape(*x.shape[:2], -1)
         return dense(config.hidden_size, use_bias=config.o_bias, name="o_proj")(out)
 
     def _cached(self, name: str, new: jax.Array, index: jax.Array) -> jax.Array:

@@ -82,7 +82,7 @@ class DecoderConfig:
     sliding_layers: tuple[bool, ...] = ()  # which layers have the window; () = all of them
     sliding_rope_theta: float | None = None  # rope of the layers with a window (Gemma 3); None = as all others
     sliding_rope_scaling: RopeScaling | None = None  # read only where sliding_rope_theta is set
-    query_scale: float | None = None  # factor on attention scores; None = head_dim^-1/2
+    query_scalar: float | None = None  # attention scores are multiplied by its -1/2th power; None = head_dim
     attention_softcap: float | None = None  # scores become c * tanh(scores / c) before the mask (Gemma 2)
     logit_softcap: float | None = None  # the same for the final logits
     norm_unit_offset: bool = False  # RMS norms multiply by 1 + scale (Gemma)
@@ -123,7 +123,7 @@ class DecoderConfig:
             raise ValueError(f"DecoderConfig.remat must be none, dots or full; got {self.remat!r}")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"DecoderConfig.sliding_window must be at least 1, got {self.sliding_window}")
-        for name in ("query_scale", "attention_softcap", "logit_softcap", "embedding_scale"):
+        for name in ("query_scalar", "attention_softcap", "logit_softcap", "embedding_scale"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"DecoderConfig.{name} must be positive, got {value}")
@@ -140,7 +140,7 @@ class DecoderConfig:
 
     @property
     def ropes(self) -> tuple[tuple[float, RopeScaling | None], ...]:
-        """(theta, scaling) of each kind of layer: one kind, or unlimited layers first and those with a window second."""
+        """(theta, scaling) of each kind of layer: one, or unlimited layers first, those with a window second."""
         unlimited = (self.rope_theta, self.rope_scaling)
         if self.sliding_rope_theta is None:
             return (unlimited,)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,11 @@ FAMILIES = {
         bias_fields=_GEMMA_BIASES,
         window="pattern",
         fixed={"norm_unit_offset": True, "post_norms": True},
-        positive={"attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"},
+        positive={
+            "query_scalar": "query_pre_attn_scalar",
+            "attention_softcap": "attn_logit_softcapping",
+            "logit_softcap": "final_logit_softcapping",
+        },
         refused=("use_bidirectional_attention",),
         activation="hidden_activation",
         scaled_embedding=True,
@@ -101,7 +105,7 @@ FAMILIES = {
         bias_fields=_GEMMA_BIASES,
         window="pattern",
         fixed={"norm_unit_offset": True, "post_norms": True, "qk_norm": True},
-        positive={"logit_softcap": "final_logit_softcapping"},
+        positive={"query_scalar": "query_pre_attn_scalar", "logit_softcap": "final_logit_softcapping"},
         refused=("use_bidirectional_attention", "attn_logit_softcapping"),  # Hugging Face reads neither as written
         activation="hidden_activation",
         scaled_embedding=True,
@@ -173,7 +177,20 @@ def read_config(directory: str | os.PathLike) -> DecoderConfig:
         (family, rope type, activation, quantised weights); the message names file and field.
     """
     path = Path(directory) / "config.json"
-    values = read_json(path)
+    return _parse(path, read_json(path))
+
+
+def same_model(first: DecoderConfig, second: DecoderConfig) -> bool:
+    """Whether the two describe one function of the same weights; dtypes, scan and remat do not count."""
+
+    def plain(config: DecoderConfig) -> DecoderConfig:
+        how = {"dtype": "float32", "param_dtype": "float32", "scan_layers": True, "remat": "none"}
+        return replace(config, sliding_window=None, sliding_layers=(), **how)
+
+    return first.windows == second.windows and plain(first) == plain(second)
+
+
+def _parse(path: Path, values: dict[str, Any]) -> DecoderConfig:
     model_type = values.get("model_type")
     if model_type not in FAMILIES:
         near = difflib.get_close_matches(str(model_type), FAMILIES, n=1)
@@ -221,11 +238,6 @@ def _scales(reader: _Reader, family: Family) -> dict[str, Any]:
     fields["hidden_act"] = reader.get(family.activation, str, "silu")
     if family.scaled_embedding:
         fields["embedding_scale"] = reader.get("hidden_size", int, required=True) ** 0.5
-    scalar = reader.get("query_pre_attn_scalar", float)
-    if scalar is not None:
-        if not scalar > 0:
-            raise reader.fail("query_pre_attn_scalar", f"must be positive, got {scalar}")
-        fields["query_scale"] = scalar**-0.5
     return fields
 
 
@@ -328,9 +340,8 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
         if isinstance(flag, str):
             values[flag] = getattr(config, ours)
     for ours, theirs in family.positive.items():
-        values[theirs] = getattr(config, ours)
-    if config.query_scale is not None:
-        values["query_pre_attn_scalar"] = _written_scalar(config.query_scale)
+        value = getattr(config, ours)
+        values[theirs] = int(value) if ours == "query_scalar" and value == int(value) else value
     if family.window != "none":
         values["sliding_window"] = config.sliding_window
     if family.window == "upper":
@@ -345,13 +356,11 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
             for kind, (theta, scaling) in zip(_LAYER_KINDS, config.ropes, strict=True)
         }
         del values["rope_scaling"]
+    if not same_model(_parse(Path("config.json"), values), config):
+        raise ValueError(
+            f"a {config.model_type} config.json cannot express this config; choose the model_type whose files can"
+        )
     return values
-
-
-def _written_scalar(scale: float) -> int | float:
-    """The `query_pre_attn_scalar` whose inverse square root is `scale`: a whole number where it is one."""
-    scalar = scale**-2
-    return round(scalar) if abs(scalar - round(scalar)) < 1e-6 * scalar else scalar
 
 
 def _rope_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
@@ -362,5 +371,9 @@ def _rope_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
         "llama3": ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
         "yarn": tuple(name for name in _ROPE_FIELDS if not name.endswith("freq_factor")),
     }[scaling.kind]
-    options = {name: getattr(scaling, name) for name in needed if getattr(scaling, name) is not None}
+    options = {
+        name: value
+        for name in _ROPE_FIELDS
+        if (value := getattr(scaling, name)) is not None and (name in needed or value != getattr(RopeScaling, name))
+    }
     return {"rope_type": scaling.kind, "factor": scaling.factor, **options}
