@@ -32,14 +32,8 @@ from mor_jax.models.attention import (
     visible,
 )
 from mor_jax.models.config import DecoderConfig
+from mor_jax.models.layers import ACTIVATION_FUNCTIONS, REMAT_POLICIES
 
-_ACTIVATIONS = {
-    "silu": nn.silu,
-    "gelu": partial(nn.gelu, approximate=False),
-    "gelu_pytorch_tanh": partial(nn.gelu, approximate=True),
-    "relu": nn.relu,
-}
-_REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 _NO_WINDOW = jnp.iinfo(jnp.int32).max  # the window of an unlimited layer among limited ones
 _float32_dot = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 
@@ -62,7 +56,7 @@ class MLP(nn.Module):
         )
         gate = dense(config.intermediate_size, name="gate_proj")(x)
         up = dense(config.intermediate_size, name="up_proj")(x)
-        return dense(config.hidden_size, name="down_proj")(_ACTIVATIONS[config.hidden_act](gate) * up)
+        return dense(config.hidden_size, name="down_proj")(ACTIVATION_FUNCTIONS[config.hidden_act](gate) * up)
 
 
 class DecoderLayer(nn.Module):
@@ -158,7 +152,7 @@ class Decoder(nn.Module):
         config = self.config
         layer = DecoderLayer
         if config.remat != "none":
-            layer = nn.remat(layer, policy=_REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
+            layer = nn.remat(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
         if not config.scan_layers:
             for number, kind in enumerate(map(LayerKind, config.windows, config.rope_kinds)):
                 x, _ = layer(config, name=f"layers_{number}")(x, kind, inputs)
@@ -234,9 +228,3 @@ def head_kernel(params: dict, config: DecoderConfig) -> jax.Array:
     if config.tie_word_embeddings:
         return params["embed_tokens"]["embedding"].T
     return params["lm_head"]["kernel"]
-
-
-def abstract_params(config: DecoderConfig) -> dict:
-    """The parameter tree as `jax.ShapeDtypeStruct`s; nothing is allocated."""
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(Decoder(config).init, jax.random.key(0), ids)["params"]

@@ -1,4 +1,4 @@
-"""`config.json` of Hugging Face to `DecoderConfig` and back.
+"""`config.json` of Hugging Face to `DecoderConfig` or `EncoderConfig` and back.
 
 A family is one row of `FAMILIES`: the values that its files may leave out, and which projections carry a bias. The file
 is read as plain JSON: no class named in it is imported, no code beside it is run.
@@ -7,17 +7,14 @@ is read as plain JSON: no class named in it is imported, no code beside it is ru
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mor_jax.models.config import DecoderConfig, RopeScaling
-
-
-class ModelFileError(ValueError):
-    """A file of a model directory is missing, malformed, or does not fit; the message names file and part."""
+from mor_jax.models.config import DecoderConfig, EncoderConfig, ModelConfig, RopeScaling
+from mor_jax.models.hf_encoder import ENCODER_FAMILIES, encoder_to_hf, parse_encoder
+from mor_jax.models.hf_json import JsonReader, ModelFileError, read_json
 
 
 @dataclass(frozen=True)
@@ -126,48 +123,8 @@ _ROPE_FIELDS = {
 _ROPE_IGNORED = {"rope_type", "type", "factor", "rope_theta", "partial_rotary_factor"}
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """Typed access to one JSON object; every complaint names the file and the field."""
-
-    path: Path
-    values: dict[str, Any]
-    defaults: dict[str, Any]
-
-    def fail(self, name: str, problem: str) -> ModelFileError:
-        return ModelFileError(f"{self.path}: field {name!r} {problem}")
-
-    def get(self, name: str, kind: type, default: Any = None, *, required: bool = False) -> Any:
-        value = self.values.get(name, self.defaults.get(name, default))
-        if value is None and not required:
-            return None if name in self.values else default
-        if value is None:
-            raise self.fail(name, f"is missing; a {kind.__name__} is needed")
-        accepted = (int, float) if kind is float else (kind,)
-        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            raise self.fail(name, f"must be a {kind.__name__}, got {value!r}")
-        return kind(value)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-      ModelFileError: the file is missing, is not JSON, or holds something else than an object.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelFileError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelFileError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise ModelFileError(f"{path}: a JSON object is needed, found a {type(values).__name__}")
-    return values
-
-
-def read_config(directory: str | os.PathLike) -> DecoderConfig:
-    """The `DecoderConfig` that `directory/config.json` describes.
+def read_config(directory: str | os.PathLike) -> ModelConfig:
+    """The `DecoderConfig` or `EncoderConfig` that `directory/config.json` describes.
 
     Both spellings of rotary settings are read (`rope_theta` + `rope_scaling`, and `rope_parameters`). A file that says
     bfloat16 gives bfloat16 for `dtype` and `param_dtype`, any other float32; `dataclasses.replace` changes either.
@@ -180,28 +137,36 @@ def read_config(directory: str | os.PathLike) -> DecoderConfig:
     return _parse(path, read_json(path))
 
 
-def same_model(first: DecoderConfig, second: DecoderConfig) -> bool:
+def same_model(first: ModelConfig, second: ModelConfig) -> bool:
     """Whether the two describe one function of the same weights; dtypes, scan and remat do not count."""
 
-    def plain(config: DecoderConfig) -> DecoderConfig:
+    def plain(config: ModelConfig) -> ModelConfig:
         how = {"dtype": "float32", "param_dtype": "float32", "scan_layers": True, "remat": "none"}
-        return replace(config, sliding_window=None, sliding_layers=(), **how)
+        if isinstance(config, DecoderConfig):
+            how |= {"sliding_window": None, "sliding_layers": ()}
+        return replace(config, **how)
 
-    return first.windows == second.windows and plain(first) == plain(second)
+    windows = [config.windows if isinstance(config, DecoderConfig) else () for config in (first, second)]
+    return windows[0] == windows[1] and plain(first) == plain(second)
 
 
-def _parse(path: Path, values: dict[str, Any]) -> DecoderConfig:
+def _parse(path: Path, values: dict[str, Any]) -> ModelConfig:
     model_type = values.get("model_type")
-    if model_type not in FAMILIES:
-        near = difflib.get_close_matches(str(model_type), FAMILIES, n=1)
+    known = [*FAMILIES, *ENCODER_FAMILIES]
+    if model_type not in known:
+        near = difflib.get_close_matches(str(model_type), known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ModelFileError(
-            f"{path}: field 'model_type' is {model_type!r}; supported: {', '.join(sorted(FAMILIES))}{hint}"
+            f"{path}: field 'model_type' is {model_type!r}; supported: {', '.join(sorted(known))}{hint}"
         )
-    family = FAMILIES[model_type]
-    reader = _Reader(path, values, family.defaults)
     if values.get("quantization_config"):
-        raise reader.fail("quantization_config", "is set; quantised weights are not supported, use a float checkpoint")
+        raise JsonReader(path, values, {}).fail(
+            "quantization_config", "is set; quantised weights are not supported, use a float checkpoint"
+        )
+    if model_type in ENCODER_FAMILIES:
+        return parse_encoder(path, values)
+    family = FAMILIES[model_type]
+    reader = JsonReader(path, values, family.defaults)
     for name in family.refused:
         if values.get(name):
             raise reader.fail(name, f"is {values[name]!r}, which is not supported; supported is null or false")
@@ -216,7 +181,7 @@ def _parse(path: Path, values: dict[str, Any]) -> DecoderConfig:
         raise ModelFileError(f"{path}: {error}") from None
 
 
-def _sizes(reader: _Reader) -> dict[str, Any]:
+def _sizes(reader: JsonReader) -> dict[str, Any]:
     heads = reader.get("num_attention_heads", int, required=True)
     return {
         "vocab_size": reader.get("vocab_size", int, required=True),
@@ -233,7 +198,7 @@ def _sizes(reader: _Reader) -> dict[str, Any]:
     }
 
 
-def _scales(reader: _Reader, family: Family) -> dict[str, Any]:
+def _scales(reader: JsonReader, family: Family) -> dict[str, Any]:
     fields: dict[str, Any] = {name: reader.get(theirs, float) for name, theirs in family.positive.items()}
     fields["hidden_act"] = reader.get(family.activation, str, "silu")
     if family.scaled_embedding:
@@ -241,7 +206,7 @@ def _scales(reader: _Reader, family: Family) -> dict[str, Any]:
     return fields
 
 
-def _windows(reader: _Reader, family: Family) -> dict[str, Any]:
+def _windows(reader: JsonReader, family: Family) -> dict[str, Any]:
     window = reader.get("sliding_window", int, required=family.window == "pattern")
     if family.window == "none" or window is None:
         return {}
@@ -266,7 +231,7 @@ def _windows(reader: _Reader, family: Family) -> dict[str, Any]:
 _LAYER_KINDS = ("full_attention", "sliding_attention")
 
 
-def _ropes(reader: _Reader, family: Family) -> dict[str, Any]:
+def _ropes(reader: JsonReader, family: Family) -> dict[str, Any]:
     """Rope settings; those that differ by kind of layer are nested under the kinds' names, or have a theta apart."""
     name = "rope_parameters" if reader.values.get("rope_parameters") else "rope_scaling"
     settings = reader.get(name, dict) or {}
@@ -280,8 +245,8 @@ def _ropes(reader: _Reader, family: Family) -> dict[str, Any]:
     return {**_rope(reader, name, parts[0], "rope_theta"), **{f"sliding_{key}": of for key, of in sliding.items()}}
 
 
-def _rope(reader: _Reader, name: str, settings: dict[str, Any], theta_name: str) -> dict[str, Any]:
-    inner = _Reader(reader.path, settings, {})
+def _rope(reader: JsonReader, name: str, settings: dict[str, Any], theta_name: str) -> dict[str, Any]:
+    inner = JsonReader(reader.path, settings, {})
     theta = inner.get("rope_theta", float) or reader.get(theta_name, float) or 10000.0
     for source in (inner, reader):
         if source.get("partial_rotary_factor", float, 1.0) != 1.0:
@@ -308,12 +273,14 @@ def _rope(reader: _Reader, name: str, settings: dict[str, Any], theta_name: str)
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
-def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The `config.json` of a `DecoderConfig`, in the spelling that both old and new readers understand.
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The `config.json` of a model, in the spelling that both old and new readers understand.
 
     Raises:
       ValueError: the config has a feature that its family's files cannot express.
     """
+    if isinstance(config, EncoderConfig):
+        return encoder_to_hf(config)
     if config.model_type not in FAMILIES:
         raise ValueError(f"model_type {config.model_type!r} is not one of {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[config.model_type]
