@@ -219,13 +219,14 @@ def _header(path: Path, names: list[str]) -> list[str]:
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     import datasets  # slow to import, and needed here only
     import pyarrow.parquet
+    from datasets.exceptions import DatasetsError
 
     try:
         pyarrow.parquet.read_metadata(str(path))  # raises; `datasets` would log lines of its own before it does
         rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         for number, record in enumerate(rows, 1):
             yield f"{path}: row {number}", record
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: not a readable Parquet file ({_first_line(error)}); write it again") from None
@@ -241,7 +242,7 @@ def _read_folder(path: Path) -> Iterator[tuple[str, Any]]:
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not a folder of `datasets.save_to_disk` ({_first_line(error)})") from None
     if isinstance(rows, datasets.DatasetDict):
-        raise DataError(f"{path}: holds the splits {', '.join(rows)}; name the folder of one of them")
+        raise DataError(f"{path}: holds the splits {', '.join(map(str, rows))}; name the folder of one of them")
     for number, record in enumerate(rows, 1):
         yield f"{path}: row {number}", dict(record)
 
