@@ -97,8 +97,12 @@ class AdapterPlan:
 
 
 def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What a module reads: its first argument, by place or by name; None for a call without any."""
-    return args[0] if args else next(iter(kwargs.values()), None)
+    """What a module reads: its first array, by place or by name; its first argument where none is an array.
+
+    Some models' own linear classes take the contraction first: `module("BTD,DF->BTF", x)`.
+    """
+    given = [*args, *kwargs.values()]
+    return next((value for value in given if hasattr(value, "shape")), given[0] if given else None)
 
 
 @dataclass

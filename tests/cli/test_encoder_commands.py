@@ -86,6 +86,9 @@ def test_the_merged_model_is_a_classifier_of_transformers(capsys, tmp_path, run,
 
 
 @pytest.mark.oracle
+@pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing:FutureWarning"
+)  # PEFT asks transformers by its old name
 @pytest.mark.parametrize(("kind", "reader"), [("hf", "transformers"), ("peft", "peft"), ("safetensors", "mor_jax")])
 def test_exports_compute_the_same_elsewhere(capsys, tmp_path, run, kind, reader):
     result = run_json(capsys, "export", run, "--output-dir", str(tmp_path / kind), "--format", kind, "--verify")
