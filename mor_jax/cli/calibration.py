@@ -12,6 +12,7 @@ from mor_jax.data import DataError, Examples, build_row, load_examples, load_lab
 from mor_jax.models import EncoderConfig
 
 ROWS = 4  # of a batch
+UNNAMED = "default"  # the task of a source without a name
 Batches = list[dict[str, np.ndarray]]
 
 
@@ -47,11 +48,14 @@ def live_examples(live: LiveModel, tokenizer: Any, texts: Sequence[str]) -> tupl
     """The examples of the sources `texts` as the run was trained on such, and the length of its rows."""
     assert live.train is not None
     length, tasks = live.train.sequence_length, live.tasks or None
+    sources = parse_sources(texts)
+    if tasks and any(source.task == UNNAMED for source in sources):
+        tasks = tuple(dict.fromkeys((*tasks, UNNAMED)))  # a plain file stands for all tasks and counts for none
     if isinstance(live.config, EncoderConfig):
         length = min(length, live.config.max_length)
         labels = live.config.labels
-        return load_labelled(parse_sources(texts), tokenizer, length, labels=labels, tasks=tasks)[0], length
-    return load_examples(parse_sources(texts), tokenizer, length, tasks=tasks), length
+        return load_labelled(sources, tokenizer, length, labels=labels, tasks=tasks)[0], length
+    return load_examples(sources, tokenizer, length, tasks=tasks), length
 
 
 def _content(examples: Examples, index: int) -> bytes:

@@ -38,7 +38,10 @@ def demo(args: argparse.Namespace) -> dict:
     from mor_jax.cli.demo import run_demo
 
     chosen = options.DemoOptions(**given_flags(args, options.DemoOptions))
-    return run_demo(chosen.output_dir, chosen.seed)
+    result = run_demo(chosen.output_dir, chosen.seed)
+    if not result["export_verified"]:
+        raise FailedCheck(result, f"{result['output_dir']}/export differs from the live model in a logit")
+    return result
 
 
 def train(args: argparse.Namespace) -> dict:

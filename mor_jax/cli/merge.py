@@ -83,7 +83,7 @@ def report_summary(report: FidelityReport) -> dict[str, Any]:
 def check_gates(gates: str, tasks: tuple[str, ...]) -> None:
     """Raises UsageError unless `gates` is empty or a way to merge that is built."""
     if gates == "distill":
-        raise UsageError("--gates distill is not built yet; use least_squares, mean or task:NAME")
+        raise UsageError("--gates distill is not built yet; use least_squares, sequential, mean or task:NAME")
     if gates.startswith("task:") and gates.removeprefix("task:") not in tasks:
         raise UsageError(f"--gates {gates}: no such task; the run has {', '.join(tasks) or 'none by name'}")
     if gates and not gates.startswith("task:") and gates not in MERGES:

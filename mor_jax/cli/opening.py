@@ -78,7 +78,8 @@ class LiveModel:
         def run(variables: dict, batch: dict) -> jax.Array:
             extra: dict[str, Any] = {"adapter_inputs": adapter_inputs(batch)} if adapted else {}
             extra |= {name: batch[name] for name in ("token_type_ids",) if name in batch}
-            return module.apply(variables, batch["input_ids"], batch["positions"], batch["segment_ids"], **extra)
+            logits: Any = module.apply(variables, batch["input_ids"], batch["positions"], batch["segment_ids"], **extra)
+            return logits
 
         variables = self.variables
         return lambda batch: run(variables, {name: jnp.asarray(array) for name, array in batch.items()})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -131,7 +132,9 @@ def verify_peft(
     if _chosen(reader, torch_installed("peft")) == "transformers":
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(_load_torch(Path(base_dir), config), str(directory))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property that was renamed
+            model = PeftModel.from_pretrained(_load_torch(Path(base_dir), config), str(directory))
         found, name = _torch_logits(model, tokens), "peft"
     else:
         found, name = live_logits(params, config, tokens, plan, read_peft(directory, config, plan, leaves)), "mor_jax"

@@ -211,6 +211,14 @@ def _trained_shapes(modules: tuple[str, ...], params: Mapping[str, Any], sites: 
     return tuple(sizes)
 
 
+def _without_marks(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_marks(child) if isinstance(child, Mapping) else child
+        for name, child in tree.items()
+        if name != MARK
+    }
+
+
 def _module_paths(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     children = [(name, child) for name, child in tree.items() if isinstance(child, Mapping)]
     return ([prefix] if prefix else []) + [p for n, c in children for p in _module_paths(c, (*prefix, n))]
@@ -280,5 +288,5 @@ def resolve_sites(
                 group=group if fuse and len(group) > 1 and method.dropout == 0 else (),
             )
         )
-    trained = _trained_shapes(tuple(trained_modules), params, list(chosen))
+    trained = _trained_shapes(tuple(trained_modules), _without_marks(params), list(chosen))
     return AdapterPlan(tuple(sites), tuple(path for path, _ in trained), fuse, kinds, trained)

@@ -38,7 +38,7 @@ def language_model_call(batch: Batch, num_tasks: int = 0) -> tuple[tuple[Any, ..
         num_tasks: How many tasks statistics tell apart.
     """
     known = {name: jnp.asarray(batch[name]) for name in ("positions", "segment_ids") if name in batch}
-    marks = {name: jnp.asarray(batch[name]) for name in ("task_ids", "prompt_mask") if name in batch}
+    marks: dict[str, Any] = {name: jnp.asarray(batch[name]) for name in ("task_ids", "prompt_mask") if name in batch}
     pairs = {name: jnp.asarray(batch[name]) for name in ("token_type_ids",) if name in batch}
     return (jnp.asarray(batch["input_ids"]),), known | pairs, AdapterInputs(**known, **marks, num_tasks=num_tasks)
 
@@ -225,7 +225,7 @@ def _add_batch(
         batch = jax.tree.map(lambda a: jnp.concatenate([a, a]), batch)
 
     def run(probes: Any) -> Any:
-        own = dict(leaves.params)
+        own: dict[str, Any] = dict(leaves.params)
         for path, control in controls.items():
             given = {k: v for k, v in control._asdict().items() if v is not None}
             extra = {EXTRA + name: value for name, value in {**given, **probes[path]}.items()}

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 from jax import Array
+from jax.core import Tracer
 
 from mor_jax.adapters import Adapter, Kernel, Leaves, NotMergeable
 from mor_jax.injection import AdaptedSite, AdapterPlan, get_path, replace_site_kernels, site_kernels
@@ -33,12 +34,13 @@ def gate_key(adapted: AdaptedSite) -> str:
 
 def site_leaves(leaves: Leaves, path: str) -> Leaves:
     """One site's leaves out of the trees of a whole model."""
-    return Leaves(*(tree.get(path, {}) for tree in leaves))
+    trees: list[Any] = [tree.get(path, {}) for tree in leaves]
+    return Leaves(*trees)
 
 
 def sharding_of(value: Any) -> Any:
     """The sharding of a concrete array over a mesh, else None."""
-    sharding = None if isinstance(value, jax.core.Tracer) else getattr(value, "sharding", None)
+    sharding = None if isinstance(value, Tracer) else getattr(value, "sharding", None)
     return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
 
 

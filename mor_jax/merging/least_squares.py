@@ -199,7 +199,9 @@ def refactor(calibration: Calibration, leaves: Leaves, plan: AdapterPlan, rank: 
         A plan whose routed sites have ``LoRA(rank=rank, alpha=rank)``, and its leaves.
     """
     blocks = {plan[path].gate_path for path in calibration.changes}
-    params = {path: own for path, own in leaves.params.items() if path not in blocks | set(calibration.changes)}
+    params: dict[str, Any] = {
+        path: own for path, own in leaves.params.items() if path not in blocks | set(calibration.changes)
+    }
     sites: list[AdaptedSite] = []
     for adapted in plan.sites:
         path = adapted.site.path

@@ -133,11 +133,9 @@ class _Checkpoint:
     def _check_tied_head(self) -> None:
         head, embedding = self.slices(_HEAD), self.slices(_EMBEDDING)
         same = head.get_shape() == embedding.get_shape()
-        rows = head.get_shape()[0]
-        step = 4096
-        if not (
-            same and all(np.array_equal(head[r : r + step], embedding[r : r + step]) for r in range(0, rows, step))
-        ):
+        rows, step = embedding.get_shape()[0], 4096
+        pieces = [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
+        if not (same and all(np.array_equal(head[piece], embedding[piece]) for piece in pieces)):
             raise ModelFileError(
                 f"{self.directory}: config.json ties the head to the embedding, but {_HEAD} differs from {_EMBEDDING}"
             )

@@ -55,8 +55,8 @@ def train(config: TrainConfig, optimizer: optax.GradientTransformation | None = 
 
     Returns:
       `steps` (the last step), `loss` (training mean of the last 10 steps), `trainable_parameters`, `tokens_per_second`
-      (real tokens after step 2; 0 for shorter runs), `output_dir`, and with held-out data `eval_loss`, `eval_tokens`
-      and, for several tasks, `eval_loss_by_task`.
+      (real tokens after step 2; 0 for shorter runs), `step_seconds` (mean, likewise), `output_dir`, and with held-out
+      data `eval_loss`, `eval_tokens` and, for several tasks, `eval_loss_by_task`.
 
     Raises:
       ConfigError, MeshError, ModelFileError, DataError, InjectionError: bad input; nothing was written.
@@ -111,6 +111,7 @@ class _Loop:
     learning_rates: np.ndarray  # of every step
     throughput: Throughput = field(default_factory=Throughput)
     rate: float = 0.0  # tokens a second, after the last step reported
+    step_seconds: float = 0.0  # mean, after step 2
     pending: tuple[int, float | None, Any] | None = None  # step, real tokens, metrics on the device
     evaluated: dict[str, Any] = field(default_factory=dict)
 
@@ -142,6 +143,7 @@ class _Loop:
             "loss": float(np.mean(self.losses)),
             "trainable_parameters": sum(leaf.size for leaf in jax.tree.leaves(self.state.adapters)),
             "tokens_per_second": self.rate,
+            "step_seconds": self.step_seconds,
             "output_dir": config.output_dir,
         } | self.evaluated
 
@@ -188,6 +190,7 @@ class _Loop:
             raise NonFiniteError(step, self.step.names[bad])
         self.losses.append(float(metrics["loss"]))
         self.rate = self.throughput.add(float(metrics["tokens"]) if tokens is None else tokens)
+        self.step_seconds = self.throughput.step_seconds()
         values = {name: metrics[name] for name in ("loss", "tokens", "gradient_norm")}
         if not self.metadata["custom_optimizer"]:
             values["learning_rate"] = self.learning_rates[step - 1]

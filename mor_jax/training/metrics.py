@@ -188,6 +188,11 @@ class Throughput:
         elapsed = time.perf_counter() - self._start
         return self._tokens / elapsed if self._tokens and elapsed > 0 else 0.0
 
+    def step_seconds(self) -> float:
+        """Mean seconds a step; 0 before step `skip + 1` has ended."""
+        counted = self._seen - self._skip
+        return (time.perf_counter() - self._start) / counted if counted > 0 else 0.0
+
 
 @dataclass(frozen=True)
 class TargetRow:

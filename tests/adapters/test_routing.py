@@ -5,17 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import one_layer
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mor_jax.adapters import AdapterInputs
 from mor_jax.adapters.routing import gate_statistics, softmax_gates, switch_balance
 
 KEY = jax.random.key(0)
-SMALL = settings(max_examples=8, deadline=None, derandomize=True, database=None)
 
 
-@SMALL
 @given(st.integers(1, 5), st.integers(0, 5), st.integers(0, 99))
 def test_gates(count, top_k, seed):
     top_k = min(top_k, count)

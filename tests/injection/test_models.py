@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import meta
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from linen_models import CASES, LAYERS, Siamese, Stack, example
 
 from mor_jax.adapters import AdapterInputs, LoRA
@@ -105,6 +107,39 @@ def test_missing_adapters_are_an_error():
     del adapters["tower"]
     with pytest.raises(KeyError, match="no adapter leaves for tower"):
         Adapted(case.model, plan).apply({"params": params, "adapters": adapters}, x)
+
+
+@settings(max_examples=5)
+@given(
+    st.sampled_from(["bsd,df->bsf", "bsd,ndh->bnsh", "bsnh,hnd->sbd", "bsnh,nhkd->kbsd", "bdn,fdn->fb"]),
+    st.lists(st.integers(1, 4), min_size=7, max_size=7),
+    st.booleans(),
+)
+def test_any_einsum(equation, sizes, bias):
+    """For odd sizes, ones among them: delta by the kernel's own letters."""
+    size = dict(zip("bsdnhkf", sizes, strict=True))
+    x_letters, kernel_letters = equation.split("->")[0].split(",")
+    draw = np.random.default_rng(sum(sizes)).standard_normal
+    x = jnp.asarray(draw([size[c] for c in x_letters]), jnp.float32)
+    contracted = [c for c in kernel_letters if c in x_letters]
+    produced = [c for c in kernel_letters if c not in x_letters]
+    a, b = draw([*(size[c] for c in contracted), 2]), draw([2, *(size[c] for c in produced)])
+
+    class Outer(flax.linen.Module):
+        @flax.linen.compact
+        def __call__(self, x):
+            shape = [size[c] for c in kernel_letters]
+            return flax.linen.Einsum(shape, equation, use_bias=bias, name="proj")(x)
+
+    params = Outer().init(jax.random.key(0), x)["params"]
+    if bias:
+        params["proj"]["bias"] = jnp.asarray(draw(params["proj"]["bias"].shape), jnp.float32)
+    plan = resolve_sites(Outer(), LORA, "proj", x)
+    leaves = {"a": jnp.float32(a.reshape(-1, 2)), "b": jnp.float32(b.reshape(2, -1))}
+    actual = Adapted(Outer(), plan).apply({"params": params, "adapters": {"proj": leaves}}, x)
+    change = np.einsum(f"{''.join(contracted)}r,r{''.join(produced)}->{kernel_letters}", a, b)
+    expected = np.float64(Outer().apply({"params": params}, x)) + 1.5 * np.einsum(equation, np.float64(x), change)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5 * max(1, np.abs(expected).max()))
 
 
 class Emit(flax.linen.Module):
