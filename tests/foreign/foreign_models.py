@@ -17,6 +17,7 @@ import pytest
 from mor_jax.injection import DEFAULT_KINDS, Contraction, LinearKind
 
 ROWS, LENGTH = 4, 6
+GEMMA_MISSING = "the package gemma is missing: pip install --no-deps gemma==2.0.8"
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(1, 40, (ROWS, LENGTH)), jnp.int32)
 IMAGES = jnp.asarray(np.random.default_rng(1).normal(size=(ROWS, 8, 8, 3)), jnp.float32)
 
@@ -50,7 +51,7 @@ def plain(change, shape):
     return change.reshape(shape)
 
 
-# README's ten lines: gemma's own linear class takes the contraction as an argument, so its sites are told by name.
+# Gemma's own linear class takes the equation as an argument, so its sites are told by name.
 GEMMA_CONTRACTIONS = {
     "q_einsum": Contraction(out_axes=(-3, -1)),  # BTD,NDH->BTNH
     "kv_einsum": Contraction(out_axes=(-4, -3, -1), y_order=(1, 2, 0, 3, 4)),  # BSD,CKDH->CBSKH
@@ -60,8 +61,7 @@ GEMMA_CONTRACTIONS = {
 
 def gemma() -> Foreign:
     """Two layers of Gemma 2's kind, one with a window; google's linen code."""
-    reason = "the package gemma is missing: pip install --no-deps gemma==2.0.8"
-    transformer = pytest.importorskip("gemma.transformer", reason=reason)
+    transformer = pytest.importorskip("gemma.transformer", reason=GEMMA_MISSING)
     from gemma.layers import Einsum
     from gemma.modules import AttentionType
 

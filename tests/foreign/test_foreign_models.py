@@ -1,5 +1,6 @@
 """Adapt, train ten steps and merge models that we did not write; gradients against a merge written by hand."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from mor_jax.merging import merge
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from foreign_models import MODELS
+from foreign_models import GEMMA_MISSING, MODELS
 
 RANK, ALPHA = 3, 6.0
 
@@ -111,3 +112,14 @@ def test_ten_steps_lower_the_loss_and_the_merge_computes_the_same(case):
     merged = merge(case.params, case.leaves._replace(params=adapters), case.plan)
     assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, dict(case.params))
     np.testing.assert_allclose(case.base_forward(merged), case.forward(adapters), atol=2e-5, rtol=1e-4)
+
+
+def test_the_readme_finds_the_sites_of_gemma_2b():
+    pytest.importorskip("gemma.transformer", reason=GEMMA_MISSING)
+    (source,) = re.findall(r"```py\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text(), re.S)
+    names = {}
+    exec(compile(source, "README.md", "exec"), names)
+    sites = {adapted.site.path: adapted.site for adapted in names["plan"].sites}
+    assert len(sites) == 2 * 26
+    query = sites["layer_0/attn/q_einsum"]
+    assert (query.in_features, query.out_features) == (2304, 8 * 256)

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import model_folder
 
 from mor_jax.models import (
     Encoder,
@@ -215,8 +214,8 @@ def test_what_does_not_fit_is_named(pair, ids, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def minilm():
-    folder = model_folder("minilm")
+def minilm(minilm_folder):
+    folder = minilm_folder
     config = read_config(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
     texts = [
