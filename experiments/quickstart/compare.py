@@ -5,13 +5,15 @@
 
 `grid` trains both methods at each learning rate of one grid and scores them on the validation strings; the best of each
 stands in `mor_jax/cli/demo/run.py`. `seeds` is `mor demo` with three seeds (other strings, other order, other initial
-adapters), scored on held-out strings that neither training nor the grid has seen. MoR wins or loses where the mean of
-the paired differences is over twice its standard error; else it is a tie.
+adapters), scored on held-out strings that neither training nor the grid has seen. `--seed` runs one of them apart; as
+several may share the machine, the table leaves step times to `mor demo` and `benchmark/`. MoR wins or loses where the
+mean of the paired differences is over twice its standard error; else it is a tie.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -24,22 +26,25 @@ import jax
 
 from mor_jax.cli.demo import run
 
-GRID = (2.5e-3, 5e-3, 1e-2)
+GRID = (2.5e-3, 5e-3, 1e-2, 2e-2)
 SEEDS = (0, 1, 2)
 
 
-def run_grid(seed: int = 0) -> list[dict[str, Any]]:
-    """Validation accuracy of each method at each rate."""
-    rows = []
+def run_grid(table: Path) -> list[dict[str, Any]]:
+    """Validation accuracy of each method at each rate, seed 0; rows of the same settings are taken from `table`."""
+    known = json.loads(table.read_text(encoding="utf-8")) if table.exists() else {"settings": {}, "rows": []}
+    same = known["settings"] == settings()
+    rows = [row for row in known["rows"] if same and row["learning_rate"] in GRID]
+    done = {(row["method"], row["learning_rate"]) for row in rows}
     with tempfile.TemporaryDirectory() as scratch:
-        parts = run.prepare(Path(scratch) / "data", seed)
-        for rate in GRID:
-            for method in run.METHODS:
-                folder = Path(scratch) / f"{method}-{rate}"
-                fitted = run.fit(run.make_config(method, parts["train"], folder, seed, rate))
-                accuracy = fitted.accuracy(parts["validation"].rows)
-                rows.append({"method": method, "learning_rate": rate, "accuracy": accuracy})
-                print(rows[-1], flush=True)
+        parts = run.prepare(Path(scratch) / "data", 0)
+        for method, rate in itertools.product(run.METHODS, GRID):
+            if (method, rate) in done:
+                continue
+            config = run.make_config(method, parts["train"], Path(scratch) / f"{method}-{rate}", 0, rate)
+            accuracy = run.fit(config).accuracy(parts["validation"].rows)
+            rows.append({"method": method, "learning_rate": rate, "accuracy": accuracy})
+            print(rows[-1], flush=True)
     return rows
 
 
@@ -62,23 +67,23 @@ def run_seed(seed: int, folder: Path) -> dict[str, Any]:
     kept = folder / f"seed-{seed}.json"
     if kept.exists():
         found = json.loads(kept.read_text(encoding="utf-8"))
-        if found["settings"] == settings():
+        if found["settings"] == settings() | {"learning_rates": dict(run.LEARNING_RATES)}:
             return found["summary"]
     with tempfile.TemporaryDirectory() as scratch:
         summary = run.run_demo(str(Path(scratch) / "demo"), seed)
-    del summary["output_dir"]
+    del summary["output_dir"], summary["seconds"]  # seeds may share the machine
     folder.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps({"settings": settings(), "summary": summary}), encoding="utf-8")
+    used = settings() | {"learning_rates": dict(run.LEARNING_RATES)}
+    kept.write_text(json.dumps({"settings": used, "summary": summary}), encoding="utf-8")
     return summary
 
 
 def settings() -> dict[str, Any]:
-    """What the figures follow from, beside the code and the seed."""
+    """What the figures follow from, beside the code, the seed and the learning rates."""
     return {
         "steps": run.STEPS,
         "strings": run.STRINGS,
         "methods": {name: dict(options) for name, options in run.METHODS.items()},
-        "learning_rates": dict(run.LEARNING_RATES),
     }
 
 
@@ -100,35 +105,36 @@ def verdict(differences: list[float]) -> str:
     return "win" if mean > 0 else "loss"
 
 
-def verdicts(found: list[dict[str, Any]]) -> dict[str, str]:
-    """MoR against LoRA for each task and the mean."""
+def differences(found: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """MoR's accuracy less LoRA's, for each task and the mean a value a seed."""
     accuracy = [{m: each["methods"][m]["accuracy"] for m in run.METHODS} for each in found]
-    return {name: verdict([a["mor"][name] - a["lora"][name] for a in accuracy]) for name in (*run.NAMES, "mean")}
+    return {name: [a["mor"][name] - a["lora"][name] for a in accuracy] for name in (*run.NAMES, "mean")}
 
 
 def seeds_table(found: list[dict[str, Any]]) -> list[str]:
     """Markdown: accuracy by task, merges, and what routing does."""
     lines = ["## Exact match on held-out strings, in %, mean ± standard deviation over seeds", ""]
-    lines += ["| task | base | lora | mor | MoR against LoRA |", "|---|---|---|---|---|"]
-    for name, word in verdicts(found).items():
+    lines += ["| task | base | lora | mor | mor less lora | MoR against LoRA |", "|---|---|---|---|---|---|"]
+    for name, paired in differences(found).items():
         base = mean_and_deviation([each["base_accuracy"][name] for each in found])
         cells = [mean_and_deviation([each["methods"][m]["accuracy"][name] for each in found]) for m in run.METHODS]
-        lines.append(f"| {name} | {base} | {cells[0]} | {cells[1]} | {word} |")
+        lines.append(f"| {name} | {base} | {' | '.join(cells)} | {mean_and_deviation(paired)} | {verdict(paired)} |")
     sizes = {m: found[0]["methods"][m]["trainable_parameters"] for m in run.METHODS}
-    times = {m: statistics.median(each["methods"][m]["step_seconds"] for each in found) for m in run.METHODS}
     lines += ["", "Trained parameters: " + ", ".join(f"{m} {n:,}" for m, n in sizes.items()) + "."]
-    lines += ["Seconds a step, median: " + ", ".join(f"{m} {t:.3f}" for m, t in times.items()) + "."]
     lines += [
         "",
         "## Merges of MoR against the routed model",
         "",
-        "| merge | KL, nats | exact match, % |",
-        "|---|---|---|",
+        "| merge | KL, nats | exact match, % | on its own task, % |",
+        "|---|---|---|---|",
     ]
     for name in found[0]["merges"]:
         kl = [each["merges"][name]["kl"] for each in found]
         right = mean_and_deviation([each["merges"][name]["accuracy"] for each in found])
-        lines.append(f"| {name} | {statistics.mean(kl):.3f} ± {statistics.stdev(kl):.3f} | {right} |")
+        task = name.removeprefix("task:")
+        own = [each["merges"][name]["accuracy_by_task"].get(task) for each in found]
+        shown = mean_and_deviation(own) if task != name else ""
+        lines.append(f"| {name} | {statistics.mean(kl):.3f} ± {statistics.stdev(kl):.3f} | {right} | {shown} |")
     lines += ["", "## Expert use while answering, against shuffled task labels", ""]
     lines += ["| seed | spread by task | shuffled, mean | shuffled, largest | p |", "|---|---|---|---|---|"]
     for each in found:
@@ -152,7 +158,7 @@ def write(output: Path, title: str, command: str, body: list[str], data: dict[st
     """`output`.md and `output`.json with command, settings, machine and versions."""
     facts = {
         "command": command,
-        "settings": settings(),
+        "settings": settings() | ({"learning_rates": dict(run.LEARNING_RATES)} if "seeds" in data else {}),
         "machine": {"backend": jax.default_backend(), "cores": os.cpu_count(), "processor": platform.machine()},
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
     }
@@ -184,13 +190,13 @@ def main() -> None:
     arguments = parser.parse_args()
     command = f"python experiments/quickstart/compare.py {arguments.what} --output {arguments.output}"
     if arguments.what == "grid":
-        rows = run_grid()
+        rows = run_grid(arguments.output.with_suffix(".json"))
         write(arguments.output, "The demo's learning rates", command, grid_table(rows), {"rows": rows})
     elif arguments.seed is not None:
         print(json.dumps(run_seed(arguments.seed, arguments.kept)))
     else:
         found = [run_seed(seed, arguments.kept) for seed in SEEDS]
-        data = {"seeds": found, "verdicts": verdicts(found)}
+        data = {"seeds": found, "verdicts": {name: verdict(paired) for name, paired in differences(found).items()}}
         write(arguments.output, "The demo: LoRA and MoR at equal size", command, seeds_table(found), data)
 
 

@@ -35,11 +35,12 @@ def export_command(options: ExportOptions) -> dict[str, Any]:
     check_gates(options.gates, live.tasks)
     write = {"hf": _export_hf, "peft": _export_peft, "safetensors": _export_adapter}[options.format]
     found, report = write(live, options, output)
-    result: dict[str, Any] = {"verified": None, "max_logit_difference": None, "verified_with": None}
+    result: dict[str, Any] = {"verified": None, "max_logit_difference": None, "tolerance": None, "verified_with": None}
     if found is not None:
         result = {
             "verified": found.verified,
             "max_logit_difference": found.max_logit_difference,
+            "tolerance": found.tolerance,
             "verified_with": found.reader,
         }
     if report is not None:

@@ -25,6 +25,7 @@ from mor_jax.models import EncoderConfig, ModelConfig, load_params, make_model
 from mor_jax.training.adapter_file import load_adapter
 
 TOLERANCE = 1e-4  # of a logit: float32 rounding of two implementations that add in different orders
+RELATIVE_TOLERANCE = 1e-5  # of the largest logit: 84 float32 roundings; more than TOLERANCE where logits exceed 10
 Reader = Literal["auto", "transformers", "mor_jax"]
 
 
@@ -36,11 +37,13 @@ class Verification:
       verified: whether no logit differs by more than the tolerance.
       max_logit_difference: the largest absolute difference; NaN if either side has one.
       reader: who loaded the folder: "transformers", "peft" or "mor_jax".
+      tolerance: the difference that was allowed.
     """
 
     verified: bool
     max_logit_difference: float
     reader: str
+    tolerance: float = TOLERANCE
 
 
 def torch_installed(*libraries: str) -> bool:
@@ -87,7 +90,8 @@ def verify_export(
       params: the merged parameters that were exported.
       config: their config.
       tokens: (B, S) int token rows without padding; None takes `probe_tokens`.
-      tolerance: largest absolute logit difference that is still rounding.
+      tolerance: largest absolute logit difference that is still rounding; 1e-5 of the largest logit is allowed always,
+        since float32 can promise no more (SmolLM2-135M, logits to 33: 1.3e-4 between two correct readers).
       reader: "transformers", "mor_jax", or "auto": transformers where torch is installed.
 
     Raises:
@@ -189,4 +193,6 @@ def _torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
 
 def _compare(found: np.ndarray, expected: np.ndarray, tolerance: float, reader: str) -> Verification:
     difference = float(np.abs(found.astype(np.float64) - expected.astype(np.float64)).max())
-    return Verification(difference <= tolerance, difference, reader)  # NaN is above every tolerance
+    allowed = max(tolerance, RELATIVE_TOLERANCE * float(np.abs(expected).max()))
+    same = bool(np.isfinite(difference)) and difference <= allowed
+    return Verification(same, difference, reader, allowed)

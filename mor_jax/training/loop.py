@@ -118,7 +118,10 @@ class _Loop:
     def run_steps(self) -> None:
         """All steps that are left, and what falls due after each."""
         steps = self.run.config.steps
-        batch, tokens = self._next_batch() if self.done < steps else (None, None)
+        batch: Any = None
+        tokens: float | None = None
+        if self.done < steps:
+            batch, tokens = self._next_batch()
         self.stop.wait_for_step()
         while self.done < steps:
             self.state, metrics = self.step(self.state, self.run.params, batch)

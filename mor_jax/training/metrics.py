@@ -69,9 +69,12 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
+_NUMBER = int | float | np.number
+
+
 def _scalars(name: str, value: Any) -> list[tuple[str, float]]:
     if isinstance(value, Mapping):
-        return [(f"{name}/{key}", float(item)) for key, item in value.items() if np.isscalar(item)]
+        return [(f"{name}/{key}", float(item)) for key, item in value.items() if isinstance(item, _NUMBER)]
     array = np.asarray(value)
     return [(name, float(array))] if array.ndim == 0 and np.issubdtype(array.dtype, np.number) else []
 

@@ -191,9 +191,8 @@ def state_shardings(
     moments = optax.tree.map_params(
         optimizer, lambda _, spec: spec, state.opt_state, own, transform_non_params=lambda _: PartitionSpec()
     )
-    state_specs = TrainState(
-        PartitionSpec(), own, whole(state.adapter_state), moments, whole(state.rule_state), PartitionSpec()
-    )
+    everywhere: Any = PartitionSpec()
+    state_specs = TrainState(everywhere, own, whole(state.adapter_state), moments, whole(state.rule_state), everywhere)
     return StateShardings(
         state=shardings_of(state_specs, mesh),
         params=shardings_of(specs, mesh),

@@ -18,6 +18,7 @@ from mor_jax.export import (
     peft_config,
     probe_tokens,
     read_peft,
+    verify,
     verify_export,
     verify_peft,
 )
@@ -113,6 +114,14 @@ def test_an_export_of_another_model_is_found(scanned, reader):
     assert found.max_logit_difference > TOLERANCE
     broken = jax.tree.map(lambda leaf: leaf * np.float32("nan"), params)
     assert not verify_export(directory, broken, config, reader=reader).verified
+
+
+def test_the_tolerance_grows_with_logits_that_float32_cannot_hold_to_it():
+    expected = np.array([[40.0, -3.0]], np.float32)
+    assert verify._compare(expected + np.float32(3e-4), expected, TOLERANCE, "mor_jax").verified
+    assert not verify._compare(expected + np.float32(5e-4), expected, TOLERANCE, "mor_jax").verified
+    assert not verify._compare(expected, expected * np.float32("inf"), TOLERANCE, "mor_jax").verified
+    assert not verify._compare(expected[:, 1:] + np.float32(2e-4), expected[:, 1:], TOLERANCE, "mor_jax").verified
 
 
 def test_a_folder_that_is_there_and_another_models_source_are_refused(scanned, tmp_path):

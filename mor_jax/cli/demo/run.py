@@ -34,7 +34,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {  # equal to 2 % in trained paramete
     "lora": {"rank": 12, "alpha": 24.0},
     "mor": {"rank": 8, "alpha": 16.0, "num_experts": 4},
 }
-LEARNING_RATES: Mapping[str, float] = {"lora": 5e-3, "mor": 5e-3}  # from experiments/results/demo_grid.md
+LEARNING_RATES: Mapping[str, float] = {"lora": 5e-3, "mor": 1e-2}  # from experiments/results/demo_grid.md
 STEPS = 300
 STRINGS = {"train": 1000, "validation": 100, "held_out": 100}  # each is asked in every task
 NAMES = tuple(TASKS)
