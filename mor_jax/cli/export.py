@@ -14,7 +14,7 @@ from mor_jax.cli.options import ExportOptions
 from mor_jax.export import Verification, export_hf, export_peft, verify_adapter, verify_export, verify_peft
 from mor_jax.injection import AdapterPlan
 from mor_jax.merging import FidelityReport, least_squares, measure_fidelity, merge, refactor
-from mor_jax.models import Decoder
+from mor_jax.models import make_model
 
 REFACTORING = ("least_squares", "sequential")
 
@@ -95,7 +95,7 @@ def _plain_adapter(live: LiveModel, options: ExportOptions) -> tuple[AdapterPlan
     for site in (adapted.site for adapted in routed):
         if rank > min(site.in_features, site.out_features):
             raise UsageError(f"--rank {rank}: {site.path} has only {min(site.in_features, site.out_features)} ranks")
-    model, call = Decoder(live.config), run_call(live)
+    model, call = make_model(live.config), run_call(live)
     calibration, held_out = run_batches(live, options)
     sequential = options.gates == "sequential"
     found = least_squares(model, live.params, live.leaves, live.plan, calibration, call=call, sequential=sequential)

@@ -57,7 +57,7 @@ def inspect_command(options: InspectOptions) -> dict[str, Any]:
     import jax.numpy as jnp
 
     from mor_jax.injection import resolve_sites
-    from mor_jax.models import Decoder, abstract_params
+    from mor_jax.models import abstract_params, make_model
     from mor_jax.models.hf import read_config
     from mor_jax.training.config import config_from_mapping
 
@@ -68,7 +68,12 @@ def inspect_command(options: InspectOptions) -> dict[str, Any]:
     example = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     overrides, modules = chosen.override_adapters(), chosen.trained_modules
     plan = resolve_sites(
-        Decoder(model), chosen.adapter(), chosen.target_modules, example, overrides=overrides, trained_modules=modules
+        make_model(model),
+        chosen.adapter(),
+        chosen.target_modules,
+        example,
+        overrides=overrides,
+        trained_modules=modules,
     )
     shapes = abstract_params(model)
     trainable = plan.num_params()

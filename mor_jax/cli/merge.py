@@ -15,7 +15,7 @@ from mor_jax.cli.options import ExportOptions, MergeOptions
 from mor_jax.data import DataError
 from mor_jax.export import export_hf, probe_tokens
 from mor_jax.merging import MERGES, FidelityReport, ModelCall, language_model_call, merge_routed
-from mor_jax.models import Decoder
+from mor_jax.models import make_model
 
 
 def check_output(directory: str) -> Path:
@@ -31,7 +31,7 @@ def check_output(directory: str) -> Path:
 
 
 def run_call(live: LiveModel) -> ModelCall:
-    """How the run's decoder is called on a batch, its tasks told apart."""
+    """How the run's model is called on a batch, its tasks told apart."""
     return functools.partial(language_model_call, num_tasks=len(live.tasks))
 
 
@@ -63,7 +63,7 @@ def merged_model(live: LiveModel, options: MergeOptions | ExportOptions) -> tupl
     assert live.leaves is not None
     calibration, held_out = run_batches(live, options)
     return merge_routed(
-        Decoder(live.config),
+        make_model(live.config),
         live.params,
         live.leaves,
         live.plan,

@@ -19,7 +19,7 @@ class EvalOptions:
     """Options of `mor eval`."""
 
     model: str  # Hugging Face directory, or the run folder of `mor train`
-    data: str  # records: text, prompt + completion, messages; for choice: prompt, options, answer
+    data: str  # records; for choice prompt, options, answer; for classification text or sentence1 and 2, label
     task: Literal["perplexity", "choice", "classification", "generation"] = "perplexity"  # what is measured
     batch_size: int = 4  # rows at once
     sequence_length: int = 512  # longest row in tokens

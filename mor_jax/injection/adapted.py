@@ -89,16 +89,24 @@ class _Call:
         bundle = module.get_variable("params", RESERVED)
         leaves = Leaves(bundle["params"])
         adapted, h = self.plan.gates[path], first_argument(args, kwargs)
-        gates = adapted.adapter.gate(leaves, h, self.inputs)
-        self.gates.append((path, self._watch(adapted.adapter, leaves, h, gates, bundle["probes"])))
+        inputs = _inputs_of(h, self.inputs)
+        gates = adapted.adapter.gate(leaves, h, inputs)
+        self.gates.append((path, self._watch(adapted.adapter, leaves, h, gates, bundle["probes"], inputs)))
         try:
             return next_fun(*args, **kwargs)
         finally:
             self.gates.pop()
 
-    def _watch(self, method: Adapter, leaves: Leaves, h: Array, gates: Any, probes: Mapping[str, Array]) -> Array:
+    def _watch(
+        self,
+        method: Adapter,
+        leaves: Leaves,
+        h: Array,
+        gates: Any,
+        probes: Mapping[str, Array],
+        inputs: AdapterInputs,
+    ) -> Array:
         """Gates that carry the balance loss's gradient and the router's statistics."""
-        inputs = self.inputs
         mask = None if inputs.segment_ids is None else inputs.segment_ids > 0
         statistics = method.statistics(leaves, h, gates, inputs) if probes else {}
         balance = method.balance(gates, mask)
@@ -138,7 +146,8 @@ class _Call:
         kind = find_kind(module, self.plan.kinds)
         assert kind is not None
         bundle = module.get_variable("params", RESERVED)
-        leaves, method, inputs = self._leaves(adapted, bundle), adapted.adapter, self.inputs
+        leaves, method = self._leaves(adapted, bundle), adapted.adapter
+        inputs = _inputs_of(argument, self.inputs)
         value = meta.unbox(module.get_variable("params", kind.kernel_leaf))
         contraction = kind.contraction(module, argument, value.shape)
         if inputs.key is not None:
@@ -153,7 +162,7 @@ class _Call:
         else:
             gates = method.gate(leaves, factored, inputs)
             if gates is not None:
-                gates = self._watch(method, leaves, factored, gates, bundle["probes"])
+                gates = self._watch(method, leaves, factored, gates, bundle["probes"], inputs)
         kept = factored.shape[:-1]
         base = output
         if module.has_variable("params", kind.bias_leaf):
@@ -194,6 +203,16 @@ class _Call:
         if flat is not x or x.dtype != dtype:
             return self._factored(dataclasses.replace(adapted, group=()), module, leaves, flat.astype(dtype))
         return self._factored(adapted, module, leaves, x)
+
+
+def _inputs_of(x: Array, inputs: AdapterInputs) -> AdapterInputs:
+    """What is known of the rows where a module reads (B, in), one vector for each row of tokens, as poolers do."""
+    segments = inputs.segment_ids
+    if segments is None or x.shape[:-1] == segments.shape or x.shape[:-1] != segments.shape[:1]:
+        return inputs
+    names = ("segment_ids", "prompt_mask", "task_ids", "positions")
+    known = {name: value.max(axis=1) for name in names if (value := getattr(inputs, name)) is not None}
+    return dataclasses.replace(inputs, **known)
 
 
 def _siblings(adapted: AdaptedSite, module: nn.Module) -> dict[str, Any]:

@@ -128,12 +128,13 @@ def _grouped(pairs: Iterable[tuple[str, AdaptedSite]]) -> dict[str, tuple[Adapte
 
 
 def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What a module reads: its first argument, by place or by name; None for a call without any.
+    """What a module reads: its first array, by place or by name; its first argument where none is an array.
 
-    Of a layer that is called with ``(x, carry)``, x.
+    Of a layer that is called with `(x, carry)` it is x. Some models' own linear classes take the contraction first:
+    `module("BTD,DF->BTF", x)`.
     """
-    argument = args[0] if args else next(iter(kwargs.values()), None)
-    return argument[0] if isinstance(argument, tuple) and argument else argument
+    given = [value[0] if isinstance(value, tuple) and value else value for value in (*args, *kwargs.values())]
+    return next((value for value in given if hasattr(value, "shape")), given[0] if given else None)
 
 
 @dataclass

@@ -30,16 +30,17 @@ EXTRA = "calibration_"  # begins the names of the leaves added here
 
 
 def language_model_call(batch: Batch, num_tasks: int = 0) -> tuple[tuple[Any, ...], dict[str, Any], AdapterInputs]:
-    """A batch of token rows as the decoder's arguments, its keyword arguments and the adapters' inputs.
+    """A batch of token rows as the model's arguments, its keyword arguments and the adapters' inputs.
 
     Args:
         batch: (B, S) int32 arrays: input_ids, and where known positions, segment_ids (0 is padding), task_ids,
-            prompt_mask.
+            prompt_mask, token_type_ids (encoders).
         num_tasks: How many tasks statistics tell apart.
     """
     known = {name: jnp.asarray(batch[name]) for name in ("positions", "segment_ids") if name in batch}
     marks: dict[str, Any] = {name: jnp.asarray(batch[name]) for name in ("task_ids", "prompt_mask") if name in batch}
-    return (jnp.asarray(batch["input_ids"]),), known, AdapterInputs(**known, **marks, num_tasks=num_tasks)
+    pairs = {name: jnp.asarray(batch[name]) for name in ("token_type_ids",) if name in batch}
+    return (jnp.asarray(batch["input_ids"]),), known | pairs, AdapterInputs(**known, **marks, num_tasks=num_tasks)
 
 
 def forward(

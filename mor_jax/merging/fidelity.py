@@ -215,4 +215,6 @@ def _compare_batch(
     left = _routed_logits(model, plan, call, params, leaves, batch)
     segments = batch.get("segment_ids")
     mask = jnp.ones(left.shape[:-1], bool) if segments is None else segments > 0
+    if mask.ndim == left.ndim:  # one row of logits for each row of tokens, as classifiers give
+        mask = mask.any(-1)
     return compare_logits(left, _plain_logits(model, call, merged, batch), mask)

@@ -42,7 +42,11 @@ _FREE = {
     "log_every",
     "compile_cache",
 }
-_CONTENT = {"model", "data"}  # may have moved: the fingerprint and the packing plan tell whether they are the same
+_CONTENT = {
+    "model",
+    "data",
+    "labels",
+}  # may have moved, or been found in the data: the fingerprint and the packing plan tell whether they are the same
 _ROUNDING = {"mesh", "remat", "loss_chunk"}  # the same mathematics in another order
 
 
