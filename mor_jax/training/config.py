@@ -60,7 +60,7 @@ class TrainConfig:
     optimizer_options: dict[str, Option] = field(default_factory=dict)  # its further arguments, for example b2
     weight_decay: float = 0.0  # only on matrices (two axes or more in one layer)
     clip_norm: float = 1.0  # largest global gradient norm; 0 switches clipping off
-    rank: int | None = None
+    rank: int | None = None  # of the factors; the method's own, unless it is given
     alpha: float | None = None
     num_experts: int | None = None
     top_k: int | None = None
