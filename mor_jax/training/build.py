@@ -97,7 +97,7 @@ def build_run(config: TrainConfig, optimizer: optax.GradientTransformation | Non
         )
         raise ConfigError(f"{name}={getattr(config, name)!r}: give {remedy}")
     if config.compile_cache:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.compile_cache).absolute()))
+        use_compile_cache(config.compile_cache)
     mesh = choose_mesh(config)
     shape = decoder_config(config)
     decoder = Decoder(shape)
@@ -116,6 +116,12 @@ def build_run(config: TrainConfig, optimizer: optax.GradientTransformation | Non
     adapted = Adapted(base=decoder, plan=plan)
     loss = language_model_loss(adapted, frozen_head(plan, shape), config.loss_chunk)
     return Run(config, adapted, params, mesh, specs, loss, optimizer, batches, eval_batches, tasks)
+
+
+def use_compile_cache(folder: str | Path) -> None:
+    """Compiled programs are kept in `folder` and found there by later processes, small ones too: a run has dozens."""
+    jax.config.update("jax_compilation_cache_dir", str(Path(folder).absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def decoder_config(config: TrainConfig) -> DecoderConfig:
