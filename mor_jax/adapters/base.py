@@ -30,8 +30,8 @@ def kaiming_uniform(key: Array, fan_in: int, shape: tuple[int, ...]) -> Array:
 def expand(z: Array, b: Array) -> Array:
     """``z @ b`` for a narrow z: (..., r) and b: (r, out), as (..., out) in their dtype.
 
-    The gradient of b is ``z.T @ g``. jax's own rule forms ``(g.T @ z).T``, for which XLA on CPU writes out the transpose
-    of the wide cotangent g, and computes whatever g comes from in that layout: a fifth of a LoRA step at width 512.
+    The gradient of b is ``z.T @ g``. jax's own rule forms ``(g.T @ z).T``, for which XLA on CPU writes out the
+    transpose of the wide cotangent g: an eighth of a LoRA step at width 512.
     """
     return jnp.matmul(z, b)
 
