@@ -22,6 +22,7 @@ import optax
 from mor_jax.adapters import Adapter, LoRA, make_adapter, method_options
 from mor_jax.injection import Adapted, AdapterPlan, resolve_sites
 from mor_jax.models import Decoder, DecoderConfig, head_kernel
+from mor_jax.optim import plan_rules
 from mor_jax.training.losses import chunked_cross_entropy, cross_entropy
 from mor_jax.training.step import Loss, init_state, language_model_loss, make_step
 
@@ -155,10 +156,11 @@ def adapter_step(
     """The step of ``mor train`` for an adapter on the seven linear maps, with AdamW unless told otherwise."""
     plan = make_plan(adapter, config)
     adapted = Adapted(base=Decoder(config), plan=plan)
-    optimizer = optax.adamw(1e-4) if optimizer is None else optimizer
-    state, constants, _ = init_state(jax.random.key(1), adapted, params, optimizer)
+    rules = plan_rules(plan, total_steps=1000)
+    optimizer = rules.wrap(optax.adamw(1e-4) if optimizer is None else optimizer)
+    state, constants, _ = init_state(jax.random.key(1), adapted, params, optimizer, rules=rules)
     loss = make_loss(adapted, lambda p: head_kernel(p, config))
-    step = make_step(adapted, optimizer, loss=loss, constants=constants, adapters=state.adapters)
+    step = make_step(adapted, optimizer, loss=loss, constants=constants, adapters=state.adapters, rules=rules)
     return AdapterStep(plan, step.function, state, (params, step.constants, batch))
 
 
