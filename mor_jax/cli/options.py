@@ -49,9 +49,13 @@ class MergeOptions:
 
     run: str  # run folder of `mor train`
     output_dir: str  # Hugging Face directory to be made
-    gates: str = ""  # least_squares, sequential, mean or task:NAME, if gates read the input; empty: the best measured
+    gates: str = ""  # where gates read the input: least_squares, sequential, distill, mean, task:NAME; empty: the best
+    rank: int = 0  # of the LoRA that stands for such gates; 0: full for least squares, the adapter's own for distill
     calibration: str = ""  # records that approximations are fitted on; empty takes the run's training data
     batches: int = 8  # calibration batches, and as many to measure fidelity on
+    steps: int = 200  # of distill
+    learning_rate: float = 3e-3  # of distill
+    seed: int = 0  # of distill: the order of the calibration batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +66,13 @@ class ExportOptions:
     output_dir: str  # folder to be made
     format: Literal["hf", "peft", "safetensors"] = "hf"  # merged model, PEFT adapter, or our adapter alone
     verify: bool = False  # load it in transformers or PEFT where torch is installed and compare logits in float32
-    rank: int = 0  # peft: of the LoRA that stands for gates that read the input; 0 takes the adapter's own rank
-    gates: str = ""  # as in `mor merge`; peft: least_squares or sequential
+    gates: str = ""  # as in `mor merge`; peft: least_squares, sequential or distill
+    rank: int = 0  # as in `mor merge`; peft: 0 takes the adapter's own rank
     calibration: str = ""  # as in `mor merge`
     batches: int = 8  # as in `mor merge`
+    steps: int = 200  # as in `mor merge`
+    learning_rate: float = 3e-3  # as in `mor merge`
+    seed: int = 0  # as in `mor merge`
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,7 +105,7 @@ class Examples:
         """SHA-256 of all that a batch can show: tokens, masks, prompts, sources, tasks."""
         digest = hashlib.sha256("\0".join(self.tasks).encode())
         for values in (self.tokens, self.learned, self.offsets, self.prompt_lengths, self.source_ids, self.task_ids):
-            digest.update(np.ascontiguousarray(values))  # read in place: `tobytes` would bring a copy into memory
+            digest.update(np.ascontiguousarray(values).data)  # read in place: `tobytes` would bring a copy into memory
         return digest.hexdigest()
 
 

@@ -176,7 +176,7 @@ def measure_fidelity(
         for name, value in _compare_batch(model, plan, call, params, leaves, merged, arrays).items():
             before = total.get(name, 0.0)
             total[name] = max(before, float(value)) if name == "max" else before + float(value)
-    routed = functools.partial(_routed_logits, model, plan, call, params, leaves)
+    routed = functools.partial(routed_logits, model, plan, call, params, leaves)
     plain = functools.partial(_plain_logits, model, call, merged)
     tokens = total.get("tokens", 0.0)
     if tokens == 0:
@@ -195,9 +195,10 @@ def measure_fidelity(
 
 
 @functools.partial(jax.jit, static_argnames=("model", "plan", "call"))
-def _routed_logits(
+def routed_logits(
     model: nn.Module, plan: AdapterPlan, call: ModelCall, params: Any, leaves: Leaves, batch: Batch
 ) -> Array:
+    """The routed model's logits on a batch; compiled once for all merges of a model."""
     return forward(model, plan, params, leaves, batch, call)
 
 
@@ -212,7 +213,7 @@ def _compare_batch(
     model: nn.Module, plan: AdapterPlan, call: ModelCall, params: Any, leaves: Leaves, merged: Any, batch: Batch
 ) -> dict[str, Array]:
     """``compare_logits`` of one batch; compiled once for all merges of a model."""
-    left = _routed_logits(model, plan, call, params, leaves, batch)
+    left = routed_logits(model, plan, call, params, leaves, batch)
     segments = batch.get("segment_ids")
     mask = jnp.ones(left.shape[:-1], bool) if segments is None else segments > 0
     return compare_logits(left, _plain_logits(model, call, merged, batch), mask)
