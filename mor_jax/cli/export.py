@@ -7,8 +7,16 @@ from typing import Any
 
 from mor_jax.adapters import Leaves
 from mor_jax.cli.flags import UsageError
-from mor_jax.cli.merge import LOW_RANK, check_gates, check_output, low_rank, merged_model, report_summary
-from mor_jax.cli.opening import LiveModel, open_run
+from mor_jax.cli.merge import (
+    LOW_RANK,
+    check_gates,
+    check_output,
+    low_rank,
+    merged_model,
+    opened_at_rank,
+    report_summary,
+)
+from mor_jax.cli.opening import LiveModel
 from mor_jax.cli.options import ExportOptions
 from mor_jax.export import Verification, export_hf, export_peft, verify_adapter, verify_export, verify_peft
 from mor_jax.injection import AdapterPlan
@@ -25,7 +33,7 @@ def export_command(options: ExportOptions) -> dict[str, Any]:
       UsageError, DataError, ModelFileError, ExportError: bad input; nothing has been written.
     """
     output = check_output(options.output_dir)
-    live = open_run(options.run)
+    live = opened_at_rank(options)
     check_gates(options, live.tasks)
     write = {"hf": _export_hf, "peft": _export_peft, "safetensors": _export_adapter}[options.format]
     found, report = write(live, options, output)

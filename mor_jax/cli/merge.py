@@ -11,7 +11,7 @@ from typing import Any
 from mor_jax.adapters import Leaves
 from mor_jax.cli.calibration import Batches, merge_batches
 from mor_jax.cli.flags import UsageError
-from mor_jax.cli.opening import LiveModel, load_tokenizer, open_run
+from mor_jax.cli.opening import LiveModel, at_rank, load_tokenizer, open_run
 from mor_jax.cli.options import ExportOptions, MergeOptions
 from mor_jax.data import DataError
 from mor_jax.export import export_hf, probe_tokens
@@ -28,7 +28,7 @@ from mor_jax.merging import (
     refactor,
     routed_paths,
 )
-from mor_jax.models import Decoder
+from mor_jax.models import make_model
 
 LOW_RANK = ("least_squares", "sequential", "distill")
 
@@ -45,8 +45,19 @@ def check_output(directory: str) -> Path:
     return path
 
 
+def opened_at_rank(options: MergeOptions | ExportOptions) -> LiveModel:
+    """The run; cut to `rank` if its adapter has a rank to cut, and is not one that a LoRA of that rank stands for.
+
+    Raises:
+      UsageError: there is no such run, or the rank is out of range.
+    """
+    live = open_run(options.run)
+    imitated = live.plan is not None and any(adapted.adapter.routed for adapted in live.plan.sites)
+    return live if imitated else at_rank(live, options.rank)
+
+
 def run_call(live: LiveModel) -> ModelCall:
-    """How the run's decoder is called on a batch, its tasks told apart."""
+    """How the run's model is called on a batch, its tasks told apart."""
     return functools.partial(language_model_call, num_tasks=len(live.tasks))
 
 
@@ -66,7 +77,7 @@ def run_batches(live: LiveModel, options: MergeOptions | ExportOptions) -> tuple
     try:
         return merge_batches(live, tokenizer, options.calibration, options.batches)
     except DataError as error:
-        if options.calibration or any(adapted.adapter.routed for adapted in live.plan.sites):
+        if options.calibration or not all(adapted.adapter.merges_exactly for adapted in live.plan.sites):
             raise
         print(f"mor: {error}; the merge is exact, so random tokens are compared instead", file=sys.stderr)
         return [], [{"input_ids": probe_tokens(live.config)}]
@@ -86,7 +97,7 @@ def merged_model(live: LiveModel, options: MergeOptions | ExportOptions) -> tupl
         return merge(live.params, new_leaves, new_plan)
 
     return merge_routed(
-        Decoder(live.config),
+        make_model(live.config),
         live.params,
         leaves,
         plan,
@@ -95,7 +106,7 @@ def merged_model(live: LiveModel, options: MergeOptions | ExportOptions) -> tupl
         gates=options.gates or "best",
         tasks=live.tasks,
         call=run_call(live),
-        others={"distill": distilled},
+        others={} if any(adapted.adapter.chained for adapted in plan.sites) else {"distill": distilled},
     )
 
 
@@ -114,12 +125,18 @@ def low_rank(
     if options.gates not in LOW_RANK:
         given = f", got --gates {options.gates}" if options.gates else ""
         raise UsageError(f"--rank {options.rank}: only --gates {', '.join(LOW_RANK)} make a LoRA{given}")
+    chained = [adapted for adapted in plan.sites if adapted.adapter.chained]
+    if chained:
+        raise UsageError(
+            f"--gates {options.gates}: {chained[0].adapter.name} hands values on from layer to layer, which no"
+            " LoRA does; merge it by --gates least_squares without --rank"
+        )
     rank = _rank(plan, options.rank)
     calibration, held_out = run_batches(live, options)
     new_plan, new_leaves = _fit_low_rank(live, options, options.gates, rank, calibration)
     merged = merge(live.params, new_leaves, new_plan)
     report = measure_fidelity(
-        Decoder(live.config),
+        make_model(live.config),
         live.params,
         leaves,
         plan,
@@ -138,7 +155,7 @@ def _fit_low_rank(
     plan, leaves, call = live.plan, live.leaves, run_call(live)
     assert plan is not None
     assert leaves is not None
-    own = (Decoder(live.config), live.params, leaves, plan, calibration)
+    own = (make_model(live.config), live.params, leaves, plan, calibration)
     if gates == "distill":
         from mor_jax.training.distillation import distill
 
@@ -187,7 +204,7 @@ def merge_command(options: MergeOptions) -> dict[str, Any]:
       UsageError, DataError, ModelFileError: bad input; nothing has been written.
     """
     output = check_output(options.output_dir)
-    live = open_run(options.run)
+    live = opened_at_rank(options)
     check_gates(options, live.tasks)
     merged, report = merged_model(live, options)
     export_hf(merged, live.config, output, source_dir=live.directory, report=report)

@@ -19,12 +19,13 @@ class EvalOptions:
     """Options of `mor eval`."""
 
     model: str  # Hugging Face directory, or the run folder of `mor train`
-    data: str  # records: text, prompt + completion, messages; for choice: prompt, options, answer
+    data: str  # records; for choice prompt, options, answer; for classification text or sentence1 and 2, label
     task: Literal["perplexity", "choice", "classification", "generation"] = "perplexity"  # what is measured
     batch_size: int = 4  # rows at once
     sequence_length: int = 512  # longest row in tokens
     max_new_tokens: int = 64  # generation only
     limit: int = 0  # records that are read; 0 reads all
+    rank: int = 0  # of an adapter trained for all smaller ranks (dylora); 0 takes its own
     dtype: Literal["float32", "bfloat16"] | None = None  # of the computation; the run's own, or float32
 
 
@@ -50,7 +51,7 @@ class MergeOptions:
     run: str  # run folder of `mor train`
     output_dir: str  # Hugging Face directory to be made
     gates: str = ""  # where gates read the input: least_squares, sequential, distill, mean, task:NAME; empty: the best
-    rank: int = 0  # of the LoRA that stands for such gates; 0: full for least squares, the adapter's own for distill
+    rank: int = 0  # of the LoRA that stands for such gates (0: full; distill: the adapter's own), or to cut dylora to
     calibration: str = ""  # records that approximations are fitted on; empty takes the run's training data
     batches: int = 8  # calibration batches, and as many to measure fidelity on
     steps: int = 200  # of distill

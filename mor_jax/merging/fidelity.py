@@ -140,6 +140,15 @@ def compare_logits(left: Array, right: Array, mask: Array) -> dict[str, Array]:
     }
 
 
+def counted_rows(batch: Batch, logits: Array) -> Array:
+    """(...,) bool: which rows of the logits (..., V) are of no padding."""
+    segments = batch.get("segment_ids")
+    mask = jnp.ones(logits.shape[:-1], bool) if segments is None else segments > 0
+    if mask.ndim == logits.ndim:  # one row of logits for each row of tokens, as classifiers give
+        mask = mask.any(-1)
+    return mask
+
+
 def measure_fidelity(
     model: nn.Module,
     params: Any,
@@ -183,7 +192,7 @@ def measure_fidelity(
         raise ValueError("fidelity needs at least one held-out token")
     return FidelityReport(
         method=method,
-        exact=not any(s.adapter.routed for s in plan.sites),
+        exact=all(s.adapter.merges_exactly for s in plan.sites),
         kl=max(total["kl"] / tokens, 0.0) if math.isfinite(total["kl"]) else total["kl"],
         max_logit_difference=total["max"],
         mean_logit_difference=total["mean"] / tokens,
@@ -214,6 +223,4 @@ def _compare_batch(
 ) -> dict[str, Array]:
     """``compare_logits`` of one batch; compiled once for all merges of a model."""
     left = routed_logits(model, plan, call, params, leaves, batch)
-    segments = batch.get("segment_ids")
-    mask = jnp.ones(left.shape[:-1], bool) if segments is None else segments > 0
-    return compare_logits(left, _plain_logits(model, call, merged, batch), mask)
+    return compare_logits(left, _plain_logits(model, call, merged, batch), counted_rows(batch, left))

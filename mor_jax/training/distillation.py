@@ -32,6 +32,7 @@ from mor_jax.merging import (
     routed_logits,
 )
 from mor_jax.merging.calibration import Batch
+from mor_jax.merging.fidelity import counted_rows
 from mor_jax.merging.least_squares import RIDGE
 from mor_jax.training.step import Loss, NonFiniteError, TrainState, make_step
 
@@ -175,6 +176,4 @@ def _taught(
         chosen = batches[permutation(len(batches), seed, epoch)[place]]
         batch = {name: jnp.asarray(value) for name, value in chosen.items()}
         target = routed_logits(model, plan, call, params, leaves, batch)
-        segments = batch.get("segment_ids")
-        mask = jnp.ones(target.shape[:-1], jnp.int32) if segments is None else (segments > 0).astype(jnp.int32)
-        yield batch | {TARGET: target, "loss_mask": mask}
+        yield batch | {TARGET: target, "loss_mask": counted_rows(batch, target).astype(jnp.int32)}
