@@ -34,6 +34,7 @@ from mor_jax.merging import (
 from mor_jax.merging.calibration import Batch
 from mor_jax.merging.fidelity import counted_rows
 from mor_jax.merging.least_squares import RIDGE
+from mor_jax.optim.rules import Rules
 from mor_jax.training.step import Loss, NonFiniteError, TrainState, make_step
 
 STEPS = 200
@@ -134,7 +135,9 @@ def _train(
     key = jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
     state = TrainState(jnp.zeros((), jnp.int32), adapters, saved, optimizer.init(adapters), {}, key)
     loss = distillation_loss(adapted, call)
-    step = make_step(adapted, optimizer, loss=loss, constants=leaves.constants, adapters=adapters)
+    step = make_step(
+        adapted, optimizer, loss=loss, constants=leaves.constants, adapters=adapters, rules=Rules()
+    )  # no rules, since those of other methods would change what stays as it is
     for number, batch in enumerate(taught, 1):
         state, metrics = step(state, params, batch)
         bad = int(metrics["bad_leaf"])
