@@ -1,0 +1,78 @@
+"""Shapes of well-known checkpoints by name, as the fields of their `config.json`: planning needs no weights and no files."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+_LLAMA_31_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def _shape(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, **more: Any) -> dict:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "torch_dtype": "bfloat16",
+        **more,
+    }
+
+
+def _llama(*sizes: int, **more: Any) -> dict:
+    common = {"model_type": "llama", "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072}
+    return _shape(*sizes, 128256, **(common | {"rope_scaling": _LLAMA_31_ROPE} | more))
+
+
+def _qwen3(*sizes: int, **more: Any) -> dict:
+    common = {"model_type": "qwen3", "head_dim": 128, "rope_theta": 1000000.0, "max_position_embeddings": 40960}
+    return _shape(*sizes, 151936, **(common | more))
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "llama-3.2-1b": _llama(
+        2048, 8192, 16, 32, 8, head_dim=64, tie_word_embeddings=True, rope_scaling=_LLAMA_31_ROPE | {"factor": 32.0}
+    ),
+    "llama-3.1-8b": _llama(4096, 14336, 32, 32, 8),
+    "llama-3.1-70b": _llama(8192, 28672, 80, 64, 8),
+    "llama-3.1-405b": _llama(16384, 53248, 126, 128, 8),
+    "mistral-7b": _shape(
+        4096,
+        14336,
+        32,
+        32,
+        8,
+        32768,
+        model_type="mistral",
+        rope_theta=1000000.0,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=32768,
+        sliding_window=None,
+    ),
+    "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, 8, tie_word_embeddings=True),
+    "qwen3-4b": _qwen3(2560, 9728, 36, 32, 8, tie_word_embeddings=True),
+    "qwen3-8b": _qwen3(4096, 12288, 36, 32, 8),
+    "qwen3-32b": _qwen3(5120, 25600, 64, 64, 8),
+}
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The `config.json` fields of the checkpoint called `name`, upper or lower case.
+
+    Raises:
+      ValueError: no checkpoint of that name is known; lists the known ones and the nearest.
+    """
+    key = name.lower().rsplit("/", 1)[-1]
+    if key not in PRESETS:
+        near = difflib.get_close_matches(key, PRESETS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"no model directory and no known shape is called {name!r}; known: {', '.join(PRESETS)}{hint}")
+    return dict(PRESETS[key])
