@@ -10,6 +10,11 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettemp
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
 import pytest
+from hypothesis import settings
+
+# Few examples, because each shape is compiled anew, and the same ones in every run.
+settings.register_profile("small", max_examples=8, deadline=None, derandomize=True, database=None)
+settings.load_profile("small")
 
 # With MOR_REQUIRE_ORACLES=1 (as .ci/run sets it) a skipped test fails, unless its reason contains one of these.
 ALLOWED_SKIPS = (

@@ -5,12 +5,14 @@
 Programs of one shape, compiled ahead in one process: ``floor`` (frozen weights, gradient of the embedding's output
 only), ``full`` (full fine-tuning with AdamW) and a step of each adapter, made by the ``make_step`` that ``mor train``
 calls. Two programs are timed in turn, A, B, A, B, after two warm-ups; the figure is the median of the per-round ratios
-of process CPU time, with its quartiles. Rows C1 to C4 of the project's targets; below 1 means that A is faster.
+of process CPU time, with its quartiles. Below 1 means that A is faster. Rows C1 to C4: adapters against the floor, full
+fine-tuning and each other. Row C10: programs compiled after the first step of a whole run of 200 steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -26,12 +28,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import mor_jax
 from mor_jax.adapters import LoRA, MoR
 from mor_jax.injection import Adapted, resolve_sites
 from mor_jax.models import Decoder, DecoderConfig, head_kernel
+from mor_jax.training.build import build_run
+from mor_jax.training.config import TrainConfig
+from mor_jax.training.loop import run_training
 from mor_jax.training.losses import chunked_cross_entropy, cross_entropy
 from mor_jax.training.step import init_state, language_model_loss, make_step
 
+DEMO_BASE = pathlib.Path(mor_jax.__file__).parent / "cli" / "demo" / "base"
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -209,6 +216,65 @@ def measure_flops() -> list[dict]:
     return rows
 
 
+class CountingBatches:
+    """A run's batches that note, each time one is taken, how many programs were compiled so far."""
+
+    def __init__(self, batches, compiled: list):
+        """Wraps ``batches``; ``compiled`` grows elsewhere."""
+        self.batches, self.compiled, self.seen = batches, compiled, []
+
+    def __next__(self):
+        """The next batch."""
+        self.seen.append(len(self.compiled))
+        return next(self.batches)
+
+    def get_state(self) -> dict:
+        """The batches' own."""
+        return self.batches.get_state()
+
+    def set_state(self, state: dict) -> None:
+        """The batches' own."""
+        self.batches.set_state(state)
+
+
+def measure_compilations(steps: int = 200) -> list[dict]:
+    """Row C10: programs compiled after step one, with evaluation, checkpoints and a last short evaluation batch."""
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, _, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
+    )
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = pathlib.Path(scratch)
+        for name, count in (("train", 96), ("held_out", 21)):
+            records = [{"prompt": f"copy {n * 7919 % 1000}", "completion": f" {n * 7919 % 1000}"} for n in range(count)]
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        for method in ("lora", "mor"):
+            config = TrainConfig(
+                model=str(DEMO_BASE),
+                data=(str(folder / "train.jsonl"),),
+                eval_data=(str(folder / "held_out.jsonl"),),
+                method=method,
+                output_dir=str(folder / method),
+                steps=steps,
+                sequence_length=64,
+                packing=False,
+                eval_every=50,
+                eval_batches=0,
+                save_every=50,
+                mesh="data=1",
+            )
+            run = build_run(config)
+            batches = CountingBatches(run.batches, compiled)
+            run_training(dataclasses.replace(run, batches=batches))
+            after_first = len(compiled) - batches.seen[-steps]
+            rows.append(
+                {"id": "C10", "what": f"programs compiled after step 1, {method}", "must": "0", "ratio": after_first}
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
 def write(rows: list[dict], output: pathlib.Path, command: str) -> None:
     """The table as JSON and Markdown, with machine and versions."""
     machine = {
@@ -244,7 +310,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12, help="timed rounds of each pair (default: 12)")
     parser.add_argument("--output", type=pathlib.Path, required=True, help="table without its suffix")
     arguments = parser.parse_args()
-    rows = measure_speed(arguments.rounds) + measure_flops()
+    rows = measure_speed(arguments.rounds) + measure_flops() + measure_compilations()
     write(
         rows,
         arguments.output,

@@ -11,6 +11,7 @@ from mor_jax.cli.opening import LiveModel
 from mor_jax.data import DataError, Examples, build_row, load_examples, pack, parse_sources, stack_rows
 
 ROWS = 4  # of a batch
+UNNAMED = "default"  # the task of a source without a name
 Batches = list[dict[str, np.ndarray]]
 
 
@@ -30,7 +31,10 @@ def merge_batches(live: LiveModel, tokenizer: Any, calibration: str, count: int)
     assert live.train is not None
     length, tasks = live.train.sequence_length, live.tasks or None
     texts = (calibration,) if calibration else live.train.data
-    examples = load_examples(parse_sources(texts), tokenizer, length, tasks=tasks)
+    sources = parse_sources(texts)
+    if tasks and any(source.task == UNNAMED for source in sources):
+        tasks = tuple(dict.fromkeys((*tasks, UNNAMED)))  # a plain file stands for all tasks and counts for none
+    examples = load_examples(sources, tokenizer, length, tasks=tasks)
     chosen = _different(examples)
     if live.train.eval_data and not calibration:
         held_out = load_examples(parse_sources(live.train.eval_data), tokenizer, length, tasks=tasks)

@@ -144,6 +144,12 @@ def _options_argument(text: str) -> dict[str, Any]:
 
 def _help(field: dataclasses.Field, comment: str) -> str:
     default = field.default
-    shown = default not in (dataclasses.MISSING, None, "", ()) and not isinstance(default, bool)
-    text = f"{comment} (default: {','.join(default) if isinstance(default, tuple) else default})" if shown else comment
-    return text.replace("%", "%%")
+    if default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        text = f"{comment} (required)"
+    elif default in (dataclasses.MISSING, None, "", ()):
+        text = comment
+    elif isinstance(default, bool):
+        text = f"{comment} (default: {'on' if default else 'off'})"
+    else:
+        text = f"{comment} (default: {','.join(default) if isinstance(default, tuple) else default})"
+    return text.strip().replace("%", "%%")

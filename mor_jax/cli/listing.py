@@ -11,7 +11,7 @@ from mor_jax.cli.flags import UsageError
 from mor_jax.cli.options import InspectOptions, VerifyOptions
 
 ADAM_BYTES = 8  # two float32 moments for each trained parameter
-APPROXIMATIONS = "least_squares, mean, task:NAME"
+APPROXIMATIONS = "least_squares, sequential, mean, task:NAME"
 
 
 def methods_command() -> list[dict[str, Any]]:
@@ -82,8 +82,18 @@ def inspect_command(options: InspectOptions) -> dict[str, Any]:
         "frozen_parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) - replaced,
         "optimizer_bytes": ADAM_BYTES * trainable,
         "mergeable": "exact" if mergeable else f"approximate: {APPROXIMATIONS}",
-        "exportable": ["hf", "safetensors"],
+        "exportable": ["hf", *_peft(plan, model), "safetensors"],
     }
+
+
+def _peft(plan: Any, model: Any) -> list[str]:
+    from mor_jax.export import ExportError, peft_config
+
+    try:
+        peft_config(plan, model)
+    except ExportError:
+        return []
+    return ["peft"]
 
 
 def _site(adapted: Any) -> dict[str, Any]:

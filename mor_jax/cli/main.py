@@ -38,7 +38,10 @@ def demo(args: argparse.Namespace) -> dict:
     from mor_jax.cli.demo import run_demo
 
     chosen = options.DemoOptions(**given_flags(args, options.DemoOptions))
-    return run_demo(chosen.output_dir, chosen.seed)
+    result = run_demo(chosen.output_dir, chosen.seed)
+    if not result["export_verified"]:
+        raise FailedCheck(result, f"{result['output_dir']}/export differs from the live model in a logit")
+    return result
 
 
 def train(args: argparse.Namespace) -> dict:
@@ -72,12 +75,12 @@ def merge(args: argparse.Namespace) -> dict:
 
 def export(args: argparse.Namespace) -> dict:
     """`mor export`: what was trained, for the rest of the world."""
-    from mor_jax.cli.merge import export_command
+    from mor_jax.cli.export import export_command
 
     result = export_command(options.ExportOptions(**given_flags(args, options.ExportOptions)))
     if result["verified"] is False:
         raise FailedCheck(
-            result, f"the export differs from the live model by {result['max_logit_difference']} in a logit"
+            result, f"{result['output_dir']} differs from the live model by {result['max_logit_difference']} in a logit"
         )
     return result
 

@@ -1,19 +1,21 @@
-"""`mor merge` and `mor export`: what is made of a run folder."""
+"""`mor merge`: a run's base with its adapter folded in."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from pathlib import Path
 from typing import Any
 
-from mor_jax.cli.calibration import merge_batches
+from mor_jax.cli.calibration import Batches, merge_batches
 from mor_jax.cli.flags import UsageError
 from mor_jax.cli.opening import LiveModel, load_tokenizer, open_run
 from mor_jax.cli.options import ExportOptions, MergeOptions
-from mor_jax.merging import MERGES, FidelityReport, language_model_call, merge_routed
-from mor_jax.models import Decoder, save_params
-from mor_jax.training.integrity import write_manifest
+from mor_jax.data import DataError
+from mor_jax.export import export_hf, probe_tokens
+from mor_jax.merging import MERGES, FidelityReport, ModelCall, language_model_call, merge_routed
+from mor_jax.models import Decoder
 
 
 def check_output(directory: str) -> Path:
@@ -28,18 +30,38 @@ def check_output(directory: str) -> Path:
     return path
 
 
-def merged_model(live: LiveModel, options: MergeOptions | ExportOptions) -> tuple[dict, FidelityReport]:
-    """The run's base with its adapter folded in, and how faithful that is.
+def run_call(live: LiveModel) -> ModelCall:
+    """How the run's decoder is called on a batch, its tasks told apart."""
+    return functools.partial(language_model_call, num_tasks=len(live.tasks))
+
+
+def run_batches(live: LiveModel, options: MergeOptions | ExportOptions) -> tuple[Batches, Batches]:
+    """(calibration batches, held-out batches) of the run or of `calibration`.
+
+    An exact merge is not fitted on anything: where the run's own data are gone, random tokens measure its rounding.
 
     Raises:
-      UsageError: `gates` is not a way to merge, not built, or names no task of the run.
+      UsageError: `batches` is out of range.
       DataError: the calibration data are not usable.
     """
-    assert live.plan is not None and live.leaves is not None
+    assert live.plan is not None
     if options.batches < 1:
         raise UsageError(f"--batches must be at least 1, got {options.batches}")
     tokenizer = load_tokenizer(live.directory)
-    calibration, held_out = merge_batches(live, tokenizer, options.calibration, options.batches)
+    try:
+        return merge_batches(live, tokenizer, options.calibration, options.batches)
+    except DataError as error:
+        if options.calibration or any(adapted.adapter.routed for adapted in live.plan.sites):
+            raise
+        print(f"mor: {error}; the merge is exact, so random tokens are compared instead", file=sys.stderr)
+        return [], [{"input_ids": probe_tokens(live.config)}]
+
+
+def merged_model(live: LiveModel, options: MergeOptions | ExportOptions) -> tuple[dict, FidelityReport]:
+    """The run's base with its adapter folded in, and how faithful that is; raises as `run_batches`."""
+    assert live.plan is not None
+    assert live.leaves is not None
+    calibration, held_out = run_batches(live, options)
     return merge_routed(
         Decoder(live.config),
         live.params,
@@ -49,14 +71,19 @@ def merged_model(live: LiveModel, options: MergeOptions | ExportOptions) -> tupl
         heldout=held_out,
         gates=options.gates or "best",
         tasks=live.tasks,
-        call=functools.partial(language_model_call, num_tasks=len(live.tasks)),
+        call=run_call(live),
     )
+
+
+def report_summary(report: FidelityReport) -> dict[str, Any]:
+    """The report's figures less those of each site."""
+    return {name: value for name, value in dataclasses.asdict(report).items() if name != "site_errors"}
 
 
 def check_gates(gates: str, tasks: tuple[str, ...]) -> None:
     """Raises UsageError unless `gates` is empty or a way to merge that is built."""
     if gates == "distill":
-        raise UsageError("--gates distill is not built yet; use least_squares, mean or task:NAME")
+        raise UsageError("--gates distill is not built yet; use least_squares, sequential, mean or task:NAME")
     if gates.startswith("task:") and gates.removeprefix("task:") not in tasks:
         raise UsageError(f"--gates {gates}: no such task; the run has {', '.join(tasks) or 'none by name'}")
     if gates and not gates.startswith("task:") and gates not in MERGES:
@@ -64,7 +91,7 @@ def check_gates(gates: str, tasks: tuple[str, ...]) -> None:
 
 
 def merge_command(options: MergeOptions) -> dict[str, Any]:
-    """Writes the merged base with `fidelity.json`; returns `exact`, `max_logit_difference`, `kl` and more of the report.
+    """Writes the merged base with `fidelity.json`; returns `exact`, `max_logit_difference`, `kl` and more of it.
 
     Raises:
       UsageError, DataError, ModelFileError: bad input; nothing has been written.
@@ -73,8 +100,5 @@ def merge_command(options: MergeOptions) -> dict[str, Any]:
     live = open_run(options.run)
     check_gates(options.gates, live.tasks)
     merged, report = merged_model(live, options)
-    save_params(merged, live.config, output, source_dir=live.directory)
-    report.save(output)
-    write_manifest(output)
-    summary = {name: value for name, value in dataclasses.asdict(report).items() if name != "site_errors"}
-    return summary | {"output_dir": str(output)}
+    export_hf(merged, live.config, output, source_dir=live.directory, report=report)
+    return report_summary(report) | {"output_dir": str(output)}

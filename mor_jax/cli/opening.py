@@ -71,8 +71,9 @@ class LiveModel:
 
         @jax.jit
         def run(variables: dict, batch: dict) -> jax.Array:
-            extra = {"adapter_inputs": adapter_inputs(batch)} if adapted else {}
-            return module.apply(variables, batch["input_ids"], batch["positions"], batch["segment_ids"], **extra)
+            extra: dict[str, Any] = {"adapter_inputs": adapter_inputs(batch)} if adapted else {}
+            logits: Any = module.apply(variables, batch["input_ids"], batch["positions"], batch["segment_ids"], **extra)
+            return logits
 
         variables = self.variables
         return lambda batch: run(variables, {name: jnp.asarray(array) for name, array in batch.items()})

@@ -49,7 +49,7 @@ class MergeOptions:
 
     run: str  # run folder of `mor train`
     output_dir: str  # Hugging Face directory to be made
-    gates: str = ""  # least_squares, mean, distill or task:NAME; only for methods whose gates read the input
+    gates: str = ""  # least_squares, sequential, mean or task:NAME, if gates read the input; empty: the best measured
     calibration: str = ""  # records that approximations are fitted on; empty takes the run's training data
     batches: int = 8  # calibration batches, and as many to measure fidelity on
 
@@ -61,8 +61,9 @@ class ExportOptions:
     run: str  # run folder of `mor train`
     output_dir: str  # folder to be made
     format: Literal["hf", "peft", "safetensors"] = "hf"  # merged model, PEFT adapter, or our adapter alone
-    verify: bool = False  # compare the logits of what was written with the live model's
-    gates: str = ""  # as in `mor merge`
+    verify: bool = False  # load it in transformers or PEFT where torch is installed and compare logits in float32
+    rank: int = 0  # peft: of the LoRA that stands for gates that read the input; 0 takes the adapter's own rank
+    gates: str = ""  # as in `mor merge`; peft: least_squares or sequential
     calibration: str = ""  # as in `mor merge`
     batches: int = 8  # as in `mor merge`
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mor_jax.training.config import ConfigError, TrainConfig, config_from_mapping, config_to_mapping, load_config
@@ -11,7 +12,8 @@ from mor_jax.training.config import ConfigError, TrainConfig, config_from_mappin
 def train_config(path: str | None, given: Mapping[str, Any]) -> TrainConfig:
     """The configuration file at `path` with the given flags laid over it.
 
-    A `.yaml` at the end of `--data` is the file: no data has that ending, and a list of paths takes what follows it.
+    `RUN/config.yaml --resume` goes on with the run in that folder. A `.yaml` at the end of `--data` is the file: no
+    data has that ending, and a list of paths takes what follows it.
 
     Raises:
       ConfigError: a field is wrong, or `model` or `data` is missing.
@@ -21,6 +23,8 @@ def train_config(path: str | None, given: Mapping[str, Any]) -> TrainConfig:
     if path is None and len(data) > 1 and data[-1].endswith((".yaml", ".yml")):
         path, given["data"] = data[-1], data[:-1]
     fields = config_to_mapping(load_config(path)) if path else {}
+    if path and given.get("resume") and "output_dir" not in given and (Path(path).parent / "metrics.jsonl").is_file():
+        given["output_dir"] = str(Path(path).parent)  # the run that the file lies in, wherever it was moved
     config = config_from_mapping(fields | given, "command line")
     for name, remedy in (("model", "a Hugging Face directory"), ("data", "at least one file of records")):
         if not getattr(config, name):

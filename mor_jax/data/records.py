@@ -148,6 +148,7 @@ def _messages(value: Any, where: str) -> list[dict[str, str]]:
     for number, message in enumerate(value, 1):
         if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise DataError(f"{where}: message {number} must have the text fields role and content")
+        _check_unicode(message["content"], where)
     return [dict(message) for message in value]
 
 
@@ -155,7 +156,16 @@ def _text(record: Mapping[str, Any], field: str, where: str) -> str:
     value = record[field]
     if not isinstance(value, str):
         raise DataError(f"{where}: the field {field!r} must be text, found {type(value).__name__}; write it in quotes")
+    _check_unicode(value, where)
     return value
+
+
+def _check_unicode(text: str, where: str) -> None:
+    """JSON may hold one half of a surrogate pair (a broken emoji), which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: character {error.start + 1} is half of a broken pair ({error.reason})") from None
 
 
 def _encode_instruction(record: Mapping[str, Any], tokenizer: Any, where: str) -> Encoded:

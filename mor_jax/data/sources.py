@@ -13,6 +13,7 @@ import gzip
 import json
 import math
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,26 +116,28 @@ def read_records(source: DataSource) -> Iterator[tuple[str, dict[str, Any]]]:
       DataError: If the file is missing, of no known format or empty, or at the first record that is not an object with
         fields.
     """
-    if source.path.startswith(HUB_PREFIX):
-        yield from _read_hub(source.path)
-        return
-    path = Path(source.path)
-    if not path.exists():
-        raise DataError(f"{path}: no such file; give a path, or {HUB_PREFIX}owner/name for a hub dataset")
-    if path.is_dir():
-        yield from _read_folder(path)
-        return
-    reader = _READERS.get(_ending(path))
-    if reader is None:
-        raise DataError(f"{path}: unknown format; known are {_FORMATS}")
     empty = True
-    for where, record in reader(path):
+    for where, record in _raw_records(source):
         empty = False
         if not isinstance(record, dict):
             raise DataError(f"{where}: expected an object with fields, found {type(record).__name__}; write {{...}}")
         yield where, record
     if empty:
-        raise DataError(f"{path}: no records in it")
+        raise DataError(f"{source.path}: no records in it")
+
+
+def _raw_records(source: DataSource) -> Iterator[tuple[str, Any]]:
+    if source.path.startswith(HUB_PREFIX):
+        return _read_hub(source.path)
+    path = Path(source.path)
+    if not path.exists():
+        raise DataError(f"{path}: no such file; give a path, or {HUB_PREFIX}owner/name for a hub dataset")
+    if path.is_dir():
+        return _read_folder(path)
+    reader = _READERS.get(_ending(path))
+    if reader is None:
+        raise DataError(f"{path}: unknown format; known are {_FORMATS}")
+    return reader(path)
 
 
 def _ending(path: Path) -> str:
@@ -155,7 +158,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                     yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
                     raise DataError(f"{path}:{number}: not UTF-8 text ({error.reason}); convert the file") from None
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: damaged gzip file ({error}); get it again") from None
 
 
@@ -165,7 +168,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
             continue
         try:
             yield f"{path}:{number}", json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
             raise DataError(f"{path}:{number}: not valid JSON ({error}); mend or delete this line") from None
 
 
@@ -176,6 +179,8 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
     except json.JSONDecodeError as error:
         hint = "; with one object per line, name it .jsonl" if error.msg == "Extra data" else "; mend the file"
         raise DataError(f"{path}:{error.lineno}: not valid JSON ({error.msg}){hint}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({error}); mend the file") from None
     if not isinstance(records, list):
         raise DataError(f"{path}: expected a list of objects, found {type(records).__name__}; write [{{...}}, ...]")
     for number, record in enumerate(records, 1):
@@ -190,7 +195,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         for row in reader:
             if header is None:
-                header = row
+                header = _header(path, row)
             elif row and len(row) != len(header):
                 raise DataError(
                     f"{path}:{start}: {len(row)} columns where the header has {len(header)}; check the quotes"
@@ -204,14 +209,24 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
         csv.field_size_limit(limit)
 
 
+def _header(path: Path, names: list[str]) -> list[str]:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"{path}:1: the column {twice[0]!r} is there twice; rename one")
+    return names
+
+
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     import datasets  # slow to import, and needed here only
+    import pyarrow.parquet
+    from datasets.exceptions import DatasetsError
 
     try:
+        pyarrow.parquet.read_metadata(str(path))  # raises; `datasets` would log lines of its own before it does
         rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         for number, record in enumerate(rows, 1):
             yield f"{path}: row {number}", record
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: not a readable Parquet file ({_first_line(error)}); write it again") from None
@@ -222,10 +237,12 @@ def _read_folder(path: Path) -> Iterator[tuple[str, Any]]:
 
     try:
         rows = datasets.load_from_disk(str(path))
+    except IndexError:  # what `datasets` raises for a folder of no rows
+        raise DataError(f"{path}: no records in it") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not a folder of `datasets.save_to_disk` ({_first_line(error)})") from None
     if isinstance(rows, datasets.DatasetDict):
-        raise DataError(f"{path}: holds the splits {', '.join(rows)}; name the folder of one of them")
+        raise DataError(f"{path}: holds the splits {', '.join(map(str, rows))}; name the folder of one of them")
     for number, record in enumerate(rows, 1):
         yield f"{path}: row {number}", dict(record)
 

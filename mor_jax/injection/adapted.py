@@ -21,7 +21,7 @@ from jax import Array
 from mor_jax.adapters import Adapter, AdapterInputs, Kernel, Leaves
 from mor_jax.injection.leaves import RESERVED, init_leaves, join, prepare_leaves, site_id
 from mor_jax.injection.linear import Contraction, find_kind
-from mor_jax.injection.plan import AdaptedSite, AdapterPlan, resolve_sites
+from mor_jax.injection.plan import AdaptedSite, AdapterPlan, first_argument, resolve_sites
 from mor_jax.injection.targets import InjectionError
 
 
@@ -54,7 +54,7 @@ class _Call:
     inputs: AdapterInputs
     visited: set[str] = field(default_factory=set)
     gates: list[tuple[str, Array]] = field(default_factory=list)
-    shared: dict[tuple[str, ...], tuple[Array, dict[str, Array]]] = field(default_factory=dict)
+    shared: dict[tuple[str, ...], tuple[Array, Any, dict[str, Array]]] = field(default_factory=dict)
     capture: Callable[[str, Array, Array], None] | None = None
 
     def intercept(self, next_fun, args, kwargs, context):
@@ -68,14 +68,14 @@ class _Call:
         if path not in self.plan.paths or find_kind(module, self.plan.kinds) is None:
             return output
         self.visited.add(path)
-        return self._adapt(self.plan[path], module, args[0], output)
+        return self._adapt(self.plan[path], module, first_argument(args, kwargs), output)
 
     def _run_block(self, path: str, module: nn.Module, next_fun, args, kwargs):
         bundle = module.get_variable("params", RESERVED)
         leaves = Leaves(bundle["params"])
-        adapted = self.plan.gates[path]
-        gates = adapted.adapter.gate(leaves, args[0], self.inputs)
-        self.gates.append((path, self._watch(adapted.adapter, leaves, args[0], gates, bundle["probes"])))
+        adapted, h = self.plan.gates[path], first_argument(args, kwargs)
+        gates = adapted.adapter.gate(leaves, h, self.inputs)
+        self.gates.append((path, self._watch(adapted.adapter, leaves, h, gates, bundle["probes"])))
         try:
             return next_fun(*args, **kwargs)
         finally:
@@ -99,14 +99,15 @@ class _Call:
         factor = adapted.adapter.input_factor(leaves)
         if factor is None:
             return x
-        kept = self.shared.get(adapted.group)
-        if adapted.group and kept is not None and kept[0] is x and adapted.site.path in kept[1]:
-            return kept[1][adapted.site.path]
-        if not adapted.group or not isinstance(module.parent, nn.Module):
+        siblings = _siblings(adapted, module)
+        if not siblings:
             return jnp.matmul(x, factor.astype(x.dtype), preferred_element_type=jnp.float32)
+        kept = self.shared.get(adapted.group)
+        # A transformation that traces its body twice may hand in the same x, but never the same parent.
+        if kept is not None and kept[0] is x and kept[1] is module.parent and adapted.site.path in kept[2]:
+            return kept[2][adapted.site.path]
         factors = {}
-        for path in adapted.group:
-            bundle = module.parent.variables["params"][path.rsplit("/", 1)[-1]][RESERVED]
+        for path, bundle in siblings.items():
             part = self.plan[path].adapter.input_factor(_leaves_of(bundle))
             if part is not None:
                 factors[path] = part.astype(x.dtype)
@@ -115,7 +116,7 @@ class _Call:
         for path, part in factors.items():
             parts[path] = product[..., start : start + part.shape[1]]
             start += part.shape[1]
-        self.shared[adapted.group] = (x, parts)
+        self.shared[adapted.group] = (x, module.parent, parts)
         return parts[adapted.site.path]
 
     def _adapt(self, adapted: AdaptedSite, module: nn.Module, argument: Array, output: Array) -> Array:
@@ -132,16 +133,17 @@ class _Call:
         if method.dropout and not inputs.deterministic:
             x = _drop(x, method.dropout, inputs.key, adapted.site.path)
         factored = self._project(adapted, module, leaves, x, contraction, output.dtype)
-        if self.gates and adapted.gate_path == self.gates[-1][0]:
-            gates = self.gates[-1][1]
+        if adapted.gate_path is not None:
+            gates = self._open_gate(adapted)
         else:
             gates = method.gate(leaves, factored, inputs)
-            if gates is not None and adapted.gate_path is None:
+            if gates is not None:
                 gates = self._watch(method, leaves, factored, gates, bundle["probes"])
         kept = factored.shape[:-1]
         base = output
         if module.has_variable("params", kind.bias_leaf):
-            base = output - meta.unbox(module.get_variable("params", kind.bias_leaf)).astype(output.dtype)
+            bias = meta.unbox(module.get_variable("params", kind.bias_leaf)).astype(output.dtype)
+            base = output - contraction.place_bias(bias, output.ndim)
         base = contraction.flatten_output(base, kept)
         kernel = Kernel(value, adapted.in_axes, adapted.out_axes)
         delta = method.delta(leaves, factored, base, kernel, gates, inputs)
@@ -149,16 +151,29 @@ class _Call:
             self.capture(adapted.site.path, contraction.flatten_input(argument), delta)
         return output + contraction.restore_output(delta, output)
 
+    def _open_gate(self, adapted: AdaptedSite) -> Array:
+        for path, gates in reversed(self.gates):
+            if path == adapted.gate_path:
+                return gates
+        raise InjectionError(f"{adapted.site.path}: {adapted.gate_path}, which decides its gate, is not being called")
+
     def _project(self, adapted, module, leaves: Leaves, x: Array, contraction: Contraction, dtype) -> Array:
-        if contraction.x_axes != (-1,):
-            return self._factored(_ungrouped(adapted), module, leaves, contraction.flatten_input(x).astype(dtype))
-        if x.dtype != dtype:
-            return self._factored(_ungrouped(adapted), module, leaves, x.astype(dtype))
+        flat = contraction.flatten_input(x)
+        if flat is not x or x.dtype != dtype:
+            return self._factored(dataclasses.replace(adapted, group=()), module, leaves, flat.astype(dtype))
         return self._factored(adapted, module, leaves, x)
 
 
-def _ungrouped(adapted: AdaptedSite) -> AdaptedSite:
-    return dataclasses.replace(adapted, group=())
+def _siblings(adapted: AdaptedSite, module: nn.Module) -> dict[str, Any]:
+    """What the sites of a group hold, read from their parent; {} where a transformation lies in between."""
+    if not adapted.group or not isinstance(module.parent, nn.Module):
+        return {}
+    params = module.parent.variables["params"]
+    bundles = {path: params[path.rsplit("/", 1)[-1]][RESERVED] for path in adapted.group}
+    layer = module.get_variable("params", RESERVED)["layer"]
+    if bundles[adapted.site.path]["layer"] is not layer:
+        return {}
+    return {path: bundle for path, bundle in bundles.items() if bundle["layer"].shape == layer.shape}
 
 
 def _with_key(inputs: AdapterInputs, key: Array) -> AdapterInputs:

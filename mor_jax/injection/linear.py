@@ -26,11 +26,15 @@ class Contraction:
     out_axes: tuple[int, ...] = (-1,)
     y_order: tuple[int, ...] | None = None
 
+    def contracts_last_axis(self, ndim: int) -> bool:
+        """Whether the last axis of an x of ``ndim`` axes, and no other, is contracted."""
+        return tuple(a % ndim for a in self.x_axes) == (ndim - 1,)
+
     def flatten_input(self, x: Array) -> Array:
-        """X as (kept axes..., in)."""
-        axes = tuple(a % x.ndim for a in self.x_axes)
-        if axes == (x.ndim - 1,):
+        """X as (kept axes..., in): x itself where its last axis alone is contracted."""
+        if self.contracts_last_axis(x.ndim):
             return x
+        axes = tuple(a % x.ndim for a in self.x_axes)
         kept = tuple(a for a in range(x.ndim) if a not in axes)
         moved = jnp.transpose(x, kept + axes)
         return moved.reshape(*(x.shape[a] for a in kept), -1)
@@ -39,6 +43,15 @@ class Contraction:
         """The module's output as (kept..., out), ``kept`` being the shape of x less its contracted axes."""
         y = y if self.y_order is None else jnp.transpose(y, self.y_order)
         return y.reshape(*kept, -1)
+
+    def place_bias(self, bias: Array, ndim: int) -> Array:
+        """The bias, one axis for each produced axis in the order of the output, so that it broadcasts to an output."""
+        if self.y_order is None:
+            return bias
+        shape = [1] * ndim
+        for axis, size in zip(sorted(self.y_order[-len(self.out_axes) :]), bias.shape, strict=True):
+            shape[axis] = size
+        return bias.reshape(shape)
 
     def restore_output(self, delta: Array, y: Array) -> Array:
         """(kept..., out) in the shape of the module's output ``y``."""

@@ -96,12 +96,21 @@ class AdapterPlan:
         return sites + gates + sum(size for _, size in self.trained_shapes)
 
 
+def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a module reads: its first argument, by place or by name; None for a call without any."""
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
 @dataclass
 class _Visit:
     kind: LinearKind
     shape: tuple[int, ...]  # of one layer's kernel
     contraction: Any
     x: Any  # kept alive, so that identity means sameness
+
+    def shares(self, other: _Visit) -> bool:
+        """Whether both multiply the last axis of the identical x."""
+        return self.x is other.x and all(v.contraction.contracts_last_axis(v.x.ndim) for v in (self, other))
 
 
 @dataclass
@@ -115,9 +124,9 @@ class _Discovery:
         module = context.module
         output = next_fun(*args, **kwargs)
         path = "/".join(module.path)
-        if context.method_name != "__call__" or not args or not hasattr(args[0], "shape"):
+        x = first_argument(args, kwargs)
+        if context.method_name != "__call__" or not hasattr(x, "shape"):
             return output
-        x = args[0]
         if x.ndim:
             self.widths.setdefault(path, x.shape[-1])
         kind = find_kind(module, self.kinds)
@@ -139,15 +148,15 @@ def trace_shapes(model: nn.Module, interceptor, *args: Any, **kwargs: Any) -> Ma
 
     Arguments that have a shape are traced, all others are static.
     """
-    traced = {k: v for k, v in kwargs.items() if hasattr(v, "shape")}
-    static = {k: v for k, v in kwargs.items() if k not in traced}
+    values, tree = jax.tree.flatten((args, kwargs))
+    traced = {i: jax.ShapeDtypeStruct(v.shape, v.dtype) for i, v in enumerate(values) if hasattr(v, "shape")}
 
-    def run(key, args, traced):
+    def run(key, traced):
+        args, kwargs = jax.tree.unflatten(tree, [traced.get(i, value) for i, value in enumerate(values)])
         with nn.intercept_methods(interceptor):
-            return model.init({"params": key, "dropout": key}, *args, **traced, **static)
+            return model.init({"params": key, "dropout": key}, *args, **kwargs)
 
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (args, traced))
-    return jax.eval_shape(run, jax.eval_shape(lambda: jax.random.key(0)), *abstract)["params"]
+    return jax.eval_shape(run, jax.eval_shape(lambda: jax.random.key(0)), traced)["params"]
 
 
 def get_path(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
@@ -196,6 +205,14 @@ def _trained_shapes(modules: tuple[str, ...], params: Mapping[str, Any], sites: 
             leaves = jax.tree.leaves(meta.unbox(get_path(params, tuple(hit.split("/")))))
             sizes.append((hit, sum(math.prod(leaf.shape) for leaf in leaves)))
     return tuple(sizes)
+
+
+def _without_marks(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_marks(child) if isinstance(child, Mapping) else child
+        for name, child in tree.items()
+        if name != MARK
+    }
 
 
 def _module_paths(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -251,7 +268,7 @@ def resolve_sites(
         group = tuple(
             other
             for other in chosen
-            if other.rpartition("/")[0] == parent and found.visits[other].x is visit.x and chosen[other].dropout == 0
+            if other.rpartition("/")[0] == parent and found.visits[other].shares(visit) and chosen[other].dropout == 0
         )
         sites.append(
             AdaptedSite(
@@ -267,5 +284,5 @@ def resolve_sites(
                 group=group if fuse and len(group) > 1 and method.dropout == 0 else (),
             )
         )
-    trained = _trained_shapes(tuple(trained_modules), params, list(chosen))
+    trained = _trained_shapes(tuple(trained_modules), _without_marks(params), list(chosen))
     return AdapterPlan(tuple(sites), tuple(path for path, _ in trained), fuse, kinds, trained)

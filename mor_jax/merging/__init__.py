@@ -1,7 +1,7 @@
 """Folding adapters into the frozen base, exactly where that is possible and measurably well where it is not."""
 
 from mor_jax.merging.approximate import MERGES, merge_routed
-from mor_jax.merging.calibration import language_model_call
+from mor_jax.merging.calibration import ModelCall, language_model_call
 from mor_jax.merging.exact import merge
 from mor_jax.merging.fidelity import FidelityReport, check_unseen, compare_logits, measure_fidelity, site_errors
 from mor_jax.merging.gates import mean_gates
@@ -19,6 +19,7 @@ __all__ = [
     "MERGES",
     "Calibration",
     "FidelityReport",
+    "ModelCall",
     "calibration_blocks",
     "check_unseen",
     "compare_logits",

@@ -10,6 +10,7 @@ already merged use their merged change. So the inputs of a half-merged model mee
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ def language_model_call(batch: Batch, num_tasks: int = 0) -> tuple[tuple[Any, ..
         num_tasks: How many tasks statistics tell apart.
     """
     known = {name: jnp.asarray(batch[name]) for name in ("positions", "segment_ids") if name in batch}
-    marks = {name: jnp.asarray(batch[name]) for name in ("task_ids", "prompt_mask") if name in batch}
+    marks: dict[str, Any] = {name: jnp.asarray(batch[name]) for name in ("task_ids", "prompt_mask") if name in batch}
     return (jnp.asarray(batch["input_ids"]),), known, AdapterInputs(**known, **marks, num_tasks=num_tasks)
 
 
@@ -206,6 +207,34 @@ def capturing(plan: AdapterPlan, paths: Sequence[str], paired: bool = False, err
     return dataclasses.replace(plan, sites=tuple(sites))
 
 
+@functools.partial(jax.jit, static_argnames=("model", "watched", "call", "paired"))
+def _add_batch(
+    model: nn.Module,
+    watched: AdapterPlan,
+    call: ModelCall,
+    paired: bool,
+    params: Any,
+    leaves: Leaves,
+    controls: Mapping[str, SiteControls],
+    batch: Batch,
+    total: Any,
+) -> Any:
+    """``total`` and the sums of one more batch; compiled once for each model, plan and shape."""
+    if paired:
+        batch = jax.tree.map(lambda a: jnp.concatenate([a, a]), batch)
+
+    def run(probes: Any) -> Any:
+        own: dict[str, Any] = dict(leaves.params)
+        for path, control in controls.items():
+            given = {k: v for k, v in control._asdict().items() if v is not None}
+            extra = {EXTRA + name: value for name, value in {**given, **probes[path]}.items()}
+            own[path] = {**own[path], **extra}
+        return forward(model, watched, params, leaves._replace(params=own), batch, call)
+
+    zeros = jax.tree.map(jnp.zeros_like, total)
+    return jax.tree.map(jnp.add, total, through_probes(run, zeros))
+
+
 def make_collector(
     model: nn.Module,
     plan: AdapterPlan,
@@ -214,29 +243,13 @@ def make_collector(
     paired: bool = False,
     errors: bool = False,
 ) -> Callable[[Any, Leaves, Mapping[str, SiteControls], Iterable[Batch]], dict[str, dict[str, Array]]]:
-    """A function that runs batches and adds up the sums of the sites ``paths``; it compiles once.
+    """A function that runs batches and adds up the sums of the sites ``paths``.
 
     Returns:
         (params, leaves, {path: controls}, batches) -> {path: {sum: (layers..., ...) float32}}. Sums are "xx", "xd" and
         "count", or with ``errors`` "error" and "norm".
     """
     watched = capturing(plan, paths, paired, errors)
-
-    @jax.jit
-    def one(params: Any, leaves: Leaves, controls: Mapping[str, SiteControls], batch: Batch, total: Any) -> Any:
-        if paired:
-            batch = jax.tree.map(lambda a: jnp.concatenate([a, a]), batch)
-
-        def run(probes: Any) -> Any:
-            own = dict(leaves.params)
-            for path in paths:
-                given = {k: v for k, v in controls[path]._asdict().items() if v is not None}
-                extra = {EXTRA + name: value for name, value in {**given, **probes[path]}.items()}
-                own[path] = {**own[path], **extra}
-            return forward(model, watched, params, leaves._replace(params=own), batch, call)
-
-        zeros = jax.tree.map(jnp.zeros_like, total)
-        return jax.tree.map(jnp.add, total, through_probes(run, zeros))
 
     def collect(params, leaves, controls, batches):
         total: Any = {
@@ -245,7 +258,7 @@ def make_collector(
         }
         for batch in batches:
             arrays = {name: jnp.asarray(value) for name, value in batch.items()}
-            total = one(params, leaves, controls, arrays, total)
+            total = _add_batch(model, watched, call, paired, params, leaves, controls, arrays, total)
         return total
 
     return collect

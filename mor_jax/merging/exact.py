@@ -8,16 +8,19 @@ There is no way back: keep the base.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax.core import meta
 from jax import Array
+from jax.core import Tracer
 
-from mor_jax.adapters import Kernel, Leaves, NotMergeable
+from mor_jax.adapters import Adapter, Kernel, Leaves, NotMergeable
 from mor_jax.injection import AdaptedSite, AdapterPlan, get_path, replace_site_kernels, site_kernels
 from mor_jax.injection.leaves import set_path
 
@@ -31,12 +34,13 @@ def gate_key(adapted: AdaptedSite) -> str:
 
 def site_leaves(leaves: Leaves, path: str) -> Leaves:
     """One site's leaves out of the trees of a whole model."""
-    return Leaves(*(tree.get(path, {}) for tree in leaves))
+    trees: list[Any] = [tree.get(path, {}) for tree in leaves]
+    return Leaves(*trees)
 
 
 def sharding_of(value: Any) -> Any:
     """The sharding of a concrete array over a mesh, else None."""
-    sharding = None if isinstance(value, jax.core.Tracer) else getattr(value, "sharding", None)
+    sharding = None if isinstance(value, Tracer) else getattr(value, "sharding", None)
     return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
 
 
@@ -46,12 +50,22 @@ def update_site(params: Params, adapted: AdaptedSite, change: Callable[..., Arra
     Args:
         params: Base parameters.
         adapted: The site.
-        change: (``Kernel`` of one layer, *arrays of one layer) -> that layer's kernel in its own layout and dtype.
+        change: (``Kernel`` of one layer, *arrays of one layer) -> that layer's kernel in its own layout and dtype;
+            hashable, and equal ones compile once.
         *arrays: Pytrees whose leaves have the site's layer axes leading.
 
     Returns:
         A copy of the dictionaries along the kernel's path; dtype, boxes and sharding of the kernel stay.
     """
+    old = get_path(params, adapted.kernel_path)
+    own: dict[str, Any] = set_path({}, adapted.kernel_path, old)
+    merged = _compiled_update(adapted, change, sharding_of(meta.unbox(old)))(own, arrays)
+    return set_path(params, adapted.kernel_path, meta.replace_boxed(old, merged))
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled_update(adapted: AdaptedSite, change: Callable[..., Array], sharding: Any) -> Any:
+    """(one site's branch of the parameters, arrays) -> its new kernel."""
     sizes = adapted.stack_sizes
     count, depth = math.prod(sizes), len(sizes)
 
@@ -69,10 +83,22 @@ def update_site(params: Params, adapted: AdaptedSite, change: Callable[..., Arra
             new = jax.lax.map(one, flat).reshape(stacked.shape)
         return meta.unbox(get_path(replace_site_kernels(params, adapted, new), adapted.kernel_path))
 
-    old = get_path(params, adapted.kernel_path)
-    own: dict[str, Any] = set_path({}, adapted.kernel_path, old)
-    merged = jax.jit(run, out_shardings=sharding_of(meta.unbox(old)))(own, arrays)
-    return set_path(params, adapted.kernel_path, meta.replace_boxed(old, merged))
+    return jax.jit(run, out_shardings=sharding)
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """A method's merge of one layer."""
+
+    adapter: Adapter
+
+    def __call__(self, kernel: Kernel, own: Leaves, gates: Array | None = None) -> Array:
+        return self.adapter.merge(own, kernel, gates)
+
+
+def add_change(kernel: Kernel, change: Array) -> Array:
+    """The kernel plus a change (in, out), summed in float32 and rounded once."""
+    return kernel.replace(kernel.dense() + change)
 
 
 def merge_site(
@@ -89,7 +115,7 @@ def merge_site(
         raise KeyError(f"no adapter leaves for {path}; were they made for other targets?")
     constant = (gates or {}).get(gate_key(adapted))
     if not adapted.adapter.routed:
-        return update_site(params, adapted, lambda kernel, own: adapted.adapter.merge(own, kernel), own)
+        return update_site(params, adapted, _Fold(adapted.adapter), own)
     if constant is None:
         kernel = site_kernels(params, adapted)
         shape = kernel.value.shape[len(adapted.stack_sizes) :]
@@ -102,8 +128,7 @@ def merge_site(
     expected = (*adapted.stack_sizes, adapted.adapter.num_gates)
     if constant.shape != expected:
         raise ValueError(f"gates of {gate_key(adapted)} have shape {constant.shape}, expected {expected}")
-    change = lambda kernel, own, gates: adapted.adapter.merge(own, kernel, gates)  # noqa: E731
-    return update_site(params, adapted, change, own, jnp.asarray(constant, jnp.float32))
+    return update_site(params, adapted, _Fold(adapted.adapter), own, jnp.asarray(constant, jnp.float32))
 
 
 def merge_trained_modules(params: Params, leaves: Leaves, plan: AdapterPlan) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -169,24 +170,14 @@ def measure_fidelity(
     Raises:
         ValueError: if no held-out token counts.
     """
-
-    @jax.jit
-    def routed(batch: Batch) -> Array:
-        return forward(model, plan, params, leaves, batch, call)
-
-    @jax.jit
-    def plain(batch: Batch) -> Array:
-        args, kwargs, _ = call(batch)
-        return model.apply({"params": merged}, *args, **kwargs)  # pyright: ignore[reportReturnType]
-
     total: dict[str, float] = {}
     for batch in batches:
-        left = routed(batch)
-        segments = batch.get("segment_ids")
-        mask = jnp.ones(left.shape[:-1], bool) if segments is None else jnp.asarray(segments) > 0
-        for name, value in compare_logits(left, plain(batch), mask).items():
+        arrays = {name: jnp.asarray(value) for name, value in batch.items()}
+        for name, value in _compare_batch(model, plan, call, params, leaves, merged, arrays).items():
             before = total.get(name, 0.0)
             total[name] = max(before, float(value)) if name == "max" else before + float(value)
+    routed = functools.partial(_routed_logits, model, plan, call, params, leaves)
+    plain = functools.partial(_plain_logits, model, call, merged)
     tokens = total.get("tokens", 0.0)
     if tokens == 0:
         raise ValueError("fidelity needs at least one held-out token")
@@ -201,3 +192,27 @@ def measure_fidelity(
         site_errors=site_errors(model, params, leaves, plan, merged, batches, call) if sites else {},
         metrics={} if evaluate is None else {"routed": evaluate(routed), "merged": evaluate(plain)},
     )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "plan", "call"))
+def _routed_logits(
+    model: nn.Module, plan: AdapterPlan, call: ModelCall, params: Any, leaves: Leaves, batch: Batch
+) -> Array:
+    return forward(model, plan, params, leaves, batch, call)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "call"))
+def _plain_logits(model: nn.Module, call: ModelCall, params: Any, batch: Batch) -> Array:
+    args, kwargs, _ = call(batch)
+    return model.apply({"params": params}, *args, **kwargs)  # pyright: ignore[reportReturnType]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "plan", "call"))
+def _compare_batch(
+    model: nn.Module, plan: AdapterPlan, call: ModelCall, params: Any, leaves: Leaves, merged: Any, batch: Batch
+) -> dict[str, Array]:
+    """``compare_logits`` of one batch; compiled once for all merges of a model."""
+    left = _routed_logits(model, plan, call, params, leaves, batch)
+    segments = batch.get("segment_ids")
+    mask = jnp.ones(left.shape[:-1], bool) if segments is None else segments > 0
+    return compare_logits(left, _plain_logits(model, call, merged, batch), mask)

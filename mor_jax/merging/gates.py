@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +15,21 @@ from jax import Array
 from mor_jax.adapters import Leaves
 from mor_jax.injection import AdapterPlan, init_probes
 from mor_jax.merging.calibration import Batch, ModelCall, forward, language_model_call, through_probes
+
+
+@functools.partial(jax.jit, static_argnames=("model", "plan", "call"))
+def _add_batch(
+    model: nn.Module,
+    plan: AdapterPlan,
+    call: ModelCall,
+    params: Any,
+    leaves: Leaves,
+    batch: Batch,
+    probes: Any,
+    total: Any,
+) -> Any:
+    found = through_probes(lambda p: forward(model, plan, params, leaves, batch, call, p), probes)
+    return jax.tree.map(jnp.add, total, found)
 
 
 def mean_gates(
@@ -42,11 +58,6 @@ def mean_gates(
     """
     load, count = ("load", "count") if task is None else ("task_load", "task_count")
 
-    @jax.jit
-    def one(params: Any, leaves: Leaves, batch: Batch, probes: Any, total: Any) -> Any:
-        found = through_probes(lambda p: forward(model, plan, params, leaves, batch, call, p), probes)
-        return jax.tree.map(jnp.add, total, found)
-
     total, probes = None, None
     for batch in batches:
         arrays = {name: jnp.asarray(value) for name, value in batch.items()}
@@ -56,7 +67,7 @@ def mean_gates(
                 raise ValueError(f"task {task} is not among the {inputs.num_tasks} tasks of the calibration batches")
             probes = init_probes(plan, inputs.num_tasks if inputs.task_ids is not None else 0)
             total = probes
-        total = one(params, leaves, arrays, probes, total)
+        total = _add_batch(model, plan, call, params, leaves, arrays, probes, total)
     gates = {}
     for path, sums in (total or {}).items():
         if load not in sums:

@@ -22,7 +22,7 @@ from jax import Array
 from mor_jax.adapters import Leaves, LoRA
 from mor_jax.injection import AdaptedSite, AdapterPlan
 from mor_jax.merging.calibration import Batch, ModelCall, controls_for, language_model_call, make_collector
-from mor_jax.merging.exact import merge_site, merge_trained_modules, update_site
+from mor_jax.merging.exact import add_change, merge_site, merge_trained_modules, update_site
 
 RIDGE = 1e-4
 _BLOCK = re.compile(r"(?:.*?/)?(?:layers?|blocks?|h)(?:[_/]?\d+)?(?=/|$)")
@@ -159,7 +159,7 @@ def merge_changes(
         if change is None:
             merged = merge_site(merged, leaves, adapted)
         else:
-            merged = update_site(merged, adapted, lambda kernel, d: kernel.replace(kernel.dense() + d), change)
+            merged = update_site(merged, adapted, add_change, change)
     return merge_trained_modules(merged, leaves, plan)
 
 
@@ -199,7 +199,9 @@ def refactor(calibration: Calibration, leaves: Leaves, plan: AdapterPlan, rank: 
         A plan whose routed sites have ``LoRA(rank=rank, alpha=rank)``, and its leaves.
     """
     blocks = {plan[path].gate_path for path in calibration.changes}
-    params = {path: own for path, own in leaves.params.items() if path not in blocks | set(calibration.changes)}
+    params: dict[str, Any] = {
+        path: own for path, own in leaves.params.items() if path not in blocks | set(calibration.changes)
+    }
     sites: list[AdaptedSite] = []
     for adapted in plan.sites:
         path = adapted.site.path

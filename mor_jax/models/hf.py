@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 
 from mor_jax.models.config import DecoderConfig
 from mor_jax.models.decoder import abstract_params
-from mor_jax.models.hf_config import ModelFileError, config_to_hf, read_config, read_json
+from mor_jax.models.hf_config import ModelFileError, config_to_hf, read_config, read_json, same_model
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -41,6 +41,7 @@ _COPIED = (
     "generation_config.json",
 )
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # recomputed from the config; some old files carry it
+_FLOATS = ("F64", "F32", "F16", "BF16")  # anything else is quantised, or no weight
 _HEAD = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
 
@@ -142,21 +143,23 @@ class _Checkpoint:
         if extra:
             raise ModelFileError(f"{self.directory}: {_listed(extra)} not part of a {config.model_type} of this config")
         for entry in table:
-            found = tuple(self.slices(entry.name).get_shape())
+            tensor = self.slices(entry.name)
+            file, found = self.directory / self.file_of[entry.name], tuple(tensor.get_shape())
             if found != entry.shape:
                 raise ModelFileError(
-                    f"{self.directory / self.file_of[entry.name]}: tensor {entry.name} has shape {found}, "
-                    f"config.json asks for {entry.shape}"
+                    f"{file}: tensor {entry.name} has shape {found}, config.json asks for {entry.shape}"
+                )
+            if tensor.get_dtype() not in _FLOATS:
+                raise ModelFileError(
+                    f"{file}: tensor {entry.name} is {tensor.get_dtype()}; only {', '.join(_FLOATS)} are weights"
                 )
 
     def _check_tied_head(self) -> None:
         head, embedding = self.slices(_HEAD), self.slices(_EMBEDDING)
         same = head.get_shape() == embedding.get_shape()
-        rows = head.get_shape()[0]
-        step = 4096
-        if not (
-            same and all(np.array_equal(head[r : r + step], embedding[r : r + step]) for r in range(0, rows, step))
-        ):
+        rows, step = embedding.get_shape()[0], 4096
+        pieces = [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
+        if not (same and all(np.array_equal(head[piece], embedding[piece]) for piece in pieces)):
             raise ModelFileError(
                 f"{self.directory}: config.json ties the head to the embedding, but {_HEAD} differs from {_EMBEDDING}"
             )
@@ -171,8 +174,7 @@ def _read(source: Any, entry: TensorEntry, dtype: Any, index: Any) -> np.ndarray
     """The part of a tensor that `index` (slices in our axis order) names, from disk."""
     where = index[::-1] if entry.transpose else index
     value = source[where] if where else source[:]
-    value = value.T if entry.transpose else value
-    return np.ascontiguousarray(value.astype(dtype))
+    return np.ascontiguousarray(value.T if entry.transpose else value, dtype)
 
 
 def _layer_sharding(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
@@ -298,8 +300,7 @@ def _config_json(params: dict, config: DecoderConfig, source: Path | None) -> di
     dtype = str(jax.tree.leaves(params)[0].dtype)
     if source is None:
         return {**config_to_hf(config), "torch_dtype": dtype}
-    ours = {"dtype": "float32", "param_dtype": "float32", "scan_layers": True, "remat": "none"}
-    if replace(read_config(source), **ours) != replace(config, **ours):
+    if not same_model(read_config(source), config):
         raise ModelFileError(f"{source / 'config.json'}: describes another model than the one that is saved")
     values = read_json(source / "config.json")
     values["dtype" if "dtype" in values else "torch_dtype"] = dtype

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,20 @@ def read_config(directory: str | os.PathLike) -> DecoderConfig:
         (family, rope type, activation, quantised weights); the message names file and field.
     """
     path = Path(directory) / "config.json"
-    values = read_json(path)
+    return _parse(path, read_json(path))
+
+
+def same_model(first: DecoderConfig, second: DecoderConfig) -> bool:
+    """Whether the two describe one function of the same weights; dtypes, scan and remat do not count."""
+
+    def plain(config: DecoderConfig) -> DecoderConfig:
+        how = {"dtype": "float32", "param_dtype": "float32", "scan_layers": True, "remat": "none"}
+        return replace(config, sliding_window=None, sliding_layers=(), **how)
+
+    return first.windows == second.windows and plain(first) == plain(second)
+
+
+def _parse(path: Path, values: dict[str, Any]) -> DecoderConfig:
     model_type = values.get("model_type")
     if model_type not in FAMILIES:
         near = difflib.get_close_matches(str(model_type), FAMILIES, n=1)
@@ -248,6 +261,10 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     if family.window == "upper":
         values["use_sliding_window"] = config.sliding_window is not None
         values["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in config.windows]
+    if not same_model(_parse(Path("config.json"), values), config):
+        raise ValueError(
+            f"a {config.model_type} config.json cannot express this config; choose the model_type whose files can"
+        )
     return values
 
 
@@ -259,5 +276,9 @@ def _rope_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
         "llama3": ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
         "yarn": tuple(name for name in _ROPE_FIELDS if not name.endswith("freq_factor")),
     }[scaling.kind]
-    options = {name: getattr(scaling, name) for name in needed if getattr(scaling, name) is not None}
+    options = {
+        name: value
+        for name in _ROPE_FIELDS
+        if (value := getattr(scaling, name)) is not None and (name in needed or value != getattr(RopeScaling, name))
+    }
     return {"rope_type": scaling.kind, "factor": scaling.factor, **options}

@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mor_jax.data import load_examples, make_iterator, make_plan, parse_sources, single_pass
+from mor_jax.data import DataSource, load_examples, make_iterator, make_plan, parse_sources, single_pass
 from mor_jax.injection import Adapted, AdapterPlan, resolve_sites
 from mor_jax.models import Decoder, DecoderConfig, abstract_params, head_kernel, load_params, read_config
 from mor_jax.training.config import ConfigError, TrainConfig
@@ -175,10 +175,31 @@ def _data(
     tasks = examples.tasks
     if len(tasks) == 1:
         sources = tuple(dataclasses.replace(source, task=tasks[0]) for source in sources)
-    held_out = load_examples(sources, tokenizer, config.sequence_length, config.overlong, tasks=tasks)
-    held_plan = make_plan(held_out, config.sequence_length, config.seed, mode)
-    most = config.eval_batches or None
-    return batches, lambda: itertools.islice(single_pass(held_out, held_plan, config.batch_size), most), tasks
+    held_out = [
+        load_examples(own, tokenizer, config.sequence_length, config.overlong, tasks=tasks) for own in _by_task(sources)
+    ]
+    held_plans = [make_plan(examples, config.sequence_length, config.seed, mode) for examples in held_out]
+    rows = config.batch_size // config.accumulate  # a whole batch might not fit
+    most = config.eval_batches * config.accumulate or None
+
+    def one_pass() -> Iterator[Any]:
+        passes = [single_pass(examples, plan, rows) for examples, plan in zip(held_out, held_plans, strict=True)]
+        return itertools.islice(_take_turns(passes), most)
+
+    return batches, one_pass, tasks
+
+
+def _by_task(sources: Sequence[DataSource]) -> list[tuple[DataSource, ...]]:
+    """The sources of each task: batches of one task each tell its own loss at no further cost."""
+    names = dict.fromkeys(source.task for source in sources)
+    return [tuple(source for source in sources if source.task == name) for name in names]
+
+
+def _take_turns(passes: Sequence[Iterator[Any]]) -> Iterator[Any]:
+    """One item of each in turn until all are exhausted."""
+    nothing = object()
+    for turn in itertools.zip_longest(*passes, fillvalue=nothing):
+        yield from (item for item in turn if item is not nothing)
 
 
 def _tokenizer(directory: str) -> Any:
@@ -200,16 +221,17 @@ def target_rows(run: Run, adapters: Any) -> list[TargetRow]:
         counted += frozen
         shape = f"{site.num_layers} x ({site.in_features}, {site.out_features})"
         rank = str(getattr(adapted.adapter, "rank", ""))
-        rows.append(_row(run, adapters, site.path, shape, f"{rank} {adapted.adapter.name}".strip(), frozen))
+        merges = "approximate" if adapted.adapter.routed else "exact"
+        rows.append(_row(run, adapters, site.path, shape, f"{rank} {adapted.adapter.name}".strip(), frozen, merges))
     for path, adapted in run.plan.gates.items():
         rows.append(_row(run, adapters, path, f"gate of {adapted.gate_features}", "", 0))
     for path in run.plan.trained_modules:
-        rows.append(_row(run, adapters, path, "trained module", "", 0))
+        rows.append(_row(run, adapters, path, "trained module", "", 0, "exact"))
     total = sum(leaf.size for leaf in jax.tree.leaves(run.params))
     return [*rows, TargetRow("all else", "", "", 0, total - counted, 0)]
 
 
-def _row(run: Run, adapters: Any, path: str, shape: str, rank: str, frozen: int) -> TargetRow:
+def _row(run: Run, adapters: Any, path: str, shape: str, rank: str, frozen: int, merges: str = "") -> TargetRow:
     own = {path: adapters[path]}
     trainable = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(own))
-    return TargetRow(path, shape, rank, trainable, frozen, optimizer_bytes(run.optimizer, own))
+    return TargetRow(path, shape, rank, trainable, frozen, optimizer_bytes(run.optimizer, own), merges)

@@ -11,6 +11,7 @@ A step without a manifest was never committed. The base model is not in here, on
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -51,6 +52,14 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Committed steps, oldest first; their files are not verified here."""
         return [step for step in self._present() if (self.directory / str(step) / MANIFEST).exists()]
+
+    def newest_metadata(self) -> dict[str, Any] | None:
+        """The metadata of the newest checkpoint that passes its check, or None; moves nothing and reads no array."""
+        for step in reversed(self.steps()):
+            target = self.directory / str(step)
+            if not verify_manifest(target):
+                return json.loads((target / _METADATA / _METADATA).read_text(encoding="utf-8"))
+        return None
 
     def save(self, step: int, items: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
         """Starts saving; `commit` finishes. The arrays may be donated as soon as this returns.

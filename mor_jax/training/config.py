@@ -81,7 +81,7 @@ class TrainConfig:
     resume: bool = False  # go on from the newest good checkpoint of output_dir
     eval_data: tuple[str, ...] = ()  # held-out files, written like `data`
     eval_every: int = 0  # steps between evaluations; 0 evaluates only at the end
-    eval_batches: int = 16  # batches of one evaluation
+    eval_batches: int = 16  # batches of one evaluation; 0 takes all
     log_every: int = 1  # steps between lines of the progress bar
     compile_cache: str = ""  # folder of compiled programs that outlives the process
 

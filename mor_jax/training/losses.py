@@ -87,11 +87,12 @@ def _scan_chunks(hidden, head, targets, mask, chunk, softcap, with_gradient):
         return jnp.swapaxes(padded.reshape(batch, pieces, piece, *array.shape[2:]), 0, 1)
 
     def body(total, inputs):
-        loss, gradient = _chunk(*inputs, head, softcap, with_gradient)
+        hidden_piece, targets_piece, mask_piece = inputs
+        loss, gradient = _chunk(hidden_piece, targets_piece, mask_piece, head, softcap, with_gradient)
         return total + loss, gradient
 
     total, gradient = jax.lax.scan(body, jnp.zeros((), jnp.float32), (split(hidden), split(targets), split(mask)))
-    if with_gradient:
+    if gradient is not None:
         gradient = jnp.swapaxes(gradient, 0, 1).reshape(batch, length + pad, width)[:, :length]
     return total, gradient
 

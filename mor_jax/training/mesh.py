@@ -25,7 +25,7 @@ class MeshError(ValueError):
     exit_code = 2
 
 
-def make_mesh(description: str = "", devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(description: str = "", devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with the axes `data` and `fsdp`.
 
     Args:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -28,7 +29,9 @@ class MetricsWriter:
     def __init__(self, directory: str | Path, step: int = 0, tensorboard: bool = True):
         self.path = Path(directory) / "metrics.jsonl"
         kept = [line for line in _lines(self.path) if _step_of(line) <= step] if step else []
-        self.path.write_text("".join(kept), encoding="utf-8")
+        beside = self.path.with_suffix(".jsonl.tmp")
+        beside.write_text("".join(kept), encoding="utf-8")
+        os.replace(beside, self.path)
         self._stream = open(self.path, "a", encoding="utf-8")
         self._events = None
         if tensorboard:
@@ -37,19 +40,15 @@ class MetricsWriter:
             self._events = tensorboardX.SummaryWriter(str(directory), purge_step=step + 1 if step else None)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes one line: `step` and the values; arrays become lists, in TensorBoard one scalar an element."""
+        """Writes one line: `step` and the values, arrays as lists; TensorBoard gets the numbers and flat mappings."""
         line = {"step": step} | {name: _plain(value) for name, value in values.items()}
         self._stream.write(json.dumps(line) + "\n")
         self._stream.flush()
         if self._events is None:
             return
         for name, value in values.items():
-            array = np.asarray(value)
-            if not np.issubdtype(array.dtype, np.number):
-                continue
-            for index in np.ndindex(*array.shape):
-                tag = "/".join([name, *(str(part) for part in index)])
-                self._events.add_scalar(tag, float(array[index]), step)
+            for tag, number in _scalars(name, value):
+                self._events.add_scalar(tag, number, step)
 
     def close(self) -> None:
         """Flushes and closes both files."""
@@ -70,18 +69,71 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
+_NUMBER = int | float | np.number
+
+
+def _scalars(name: str, value: Any) -> list[tuple[str, float]]:
+    if isinstance(value, Mapping):
+        return [(f"{name}/{key}", float(item)) for key, item in value.items() if isinstance(item, _NUMBER)]
+    array = np.asarray(value)
+    return [(name, float(array))] if array.ndim == 0 and np.issubdtype(array.dtype, np.number) else []
+
+
 def _plain(value: Any) -> Any:
+    """`value` in JSON's types; JSON has no NaN, so non-finite numbers become null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
     if isinstance(value, str | bool | int | type(None)):
         return value
-    array = np.asarray(value)
-    return _finite(array.tolist()) if np.issubdtype(array.dtype, np.floating) else array.tolist()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return _plain(np.asarray(value).tolist())
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: non-finite numbers become null."""
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return value if math.isfinite(value) else None
+def router_metrics(statistics: Mapping[str, Mapping[str, Any]], tasks: Sequence[str] = ()) -> dict[str, Any]:
+    """What a step's routers did, from the sums that the step returns.
+
+    Args:
+      statistics: {site or block: {"load" (layers..., N), "entropy" and "count" (layers..., 1), "task_load"
+        (layers..., T, N), "task_count" (layers..., T), "balance" (layers..., 1)}}, sums over real tokens.
+      tasks: names in the order of their ids.
+
+    Returns:
+      `router_entropy` (nats), `router_max_load` (share of the most used expert) and, for balanced routers,
+      `router_balance`: means over all routers; `router`: {site: {"load" (N,), "entropy", "task_gates" {task: (N,)}}},
+      means over tokens and layers; a task without tokens in the step is left out. Empty for methods without a router.
+    """
+    routers = {path: {k: np.asarray(v, np.float64) for k, v in sums.items()} for path, sums in statistics.items()}
+    routers = {path: sums for path, sums in routers.items() if "load" in sums}
+    if not routers:
+        return {}
+    described, entropies, loads = {}, [], []
+    for path, sums in routers.items():
+        count = np.maximum(sums["count"], 1.0)
+        load, entropy = sums["load"] / count, sums["entropy"] / count
+        described[path] = {"load": _over_layers(load), "entropy": float(entropy.mean())}
+        if len(tasks) > 1 and "task_load" in sums:
+            described[path]["task_gates"] = _task_gates(sums, tasks)
+        entropies.append(entropy.ravel())
+        loads.append(load.max(-1).ravel())
+    result: dict[str, Any] = {"router_entropy": float(np.concatenate(entropies).mean())}
+    result["router_max_load"] = float(np.concatenate(loads).mean())
+    balances = [sums["balance"].ravel() for sums in routers.values() if "balance" in sums]
+    if balances:
+        result["router_balance"] = float(np.concatenate(balances).mean())
+    return result | {"router": described}
+
+
+def _over_layers(values: np.ndarray) -> list[float]:
+    return values.reshape(-1, values.shape[-1]).mean(0).tolist()
+
+
+def _task_gates(sums: Mapping[str, np.ndarray], tasks: Sequence[str]) -> dict[str, list[float]]:
+    gates = sums["task_load"] / np.maximum(sums["task_count"], 1.0)[..., None]
+    seen = sums["task_count"].reshape(-1, len(tasks))[0] > 0
+    return {name: _over_layers(gates[..., number, :]) for number, name in enumerate(tasks) if seen[number]}
 
 
 class Progress:
@@ -130,10 +182,19 @@ class Throughput:
             self._tokens += tokens
         return self.rate()
 
+    def leave_out(self, seconds: float) -> None:
+        """Takes time out that was no training."""
+        self._start += seconds
+
     def rate(self) -> float:
         """Tokens a second; 0 before step `skip + 1` has ended."""
         elapsed = time.perf_counter() - self._start
         return self._tokens / elapsed if self._tokens and elapsed > 0 else 0.0
+
+    def step_seconds(self) -> float:
+        """Mean seconds a step; 0 before step `skip + 1` has ended."""
+        counted = self._seen - self._skip
+        return (time.perf_counter() - self._start) / counted if counted > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -146,6 +207,7 @@ class TargetRow:
     trainable: int
     frozen: int
     optimizer_bytes: int
+    merges: str = ""  # "exact", "approximate", or empty where nothing is merged
 
 
 def print_targets(rows: Sequence[TargetRow], title: str, stream: TextIO | None = None) -> None:
@@ -154,13 +216,21 @@ def print_targets(rows: Sequence[TargetRow], title: str, stream: TextIO | None =
     from rich.table import Table
 
     table = Table(title=title)
-    for name in ("site", "shape", "rank", "trainable", "frozen", "optimiser bytes"):
-        table.add_column(name, justify="left" if name in ("site", "shape") else "right", no_wrap=name == "site")
+    for name in ("site", "shape", "rank", "trainable", "frozen", "optimiser bytes", "merges"):
+        justify = "left" if name in ("site", "shape", "merges") else "right"
+        table.add_column(name, justify=justify, no_wrap=name == "site")
     for row in rows:
         table.add_row(
-            row.path, row.shape, row.rank, *(f"{n:,}" for n in (row.trainable, row.frozen, row.optimizer_bytes))
+            row.path,
+            row.shape,
+            row.rank,
+            *(f"{n:,}" for n in (row.trainable, row.frozen, row.optimizer_bytes)),
+            row.merges,
         )
     sums = [sum(getattr(row, name) for row in rows) for name in ("trainable", "frozen", "optimizer_bytes")]
     table.add_section()
     table.add_row("total", "", "", *(f"{total:,}" for total in sums))
+    exact = all(row.merges != "approximate" for row in rows)
+    how = "exactly" if exact else "approximately (mor merge --gates least_squares, mean or task:NAME)"
+    table.caption = f"merges into the base {how}; exports as hf (merged) and safetensors (the adapter alone)"
     Console(file=stream or sys.stderr, width=None if sys.stderr.isatty() else 120).print(table)

@@ -83,9 +83,9 @@ def make_optimizer(
 
 
 def _by_name(config: TrainConfig, mask: Callable[[Any], Any]) -> optax.GradientTransformation:
-    make = getattr(optax, config.optimizer, None)
-    parameters = inspect.signature(make).parameters if callable(make) else {}
-    if "learning_rate" not in parameters:
+    make: Any = getattr(optax, config.optimizer, None)
+    parameters = inspect.signature(make).parameters if _takes_learning_rate(make) else {}
+    if not parameters:
         names = [name for name in dir(optax) if _takes_learning_rate(getattr(optax, name))]
         near = difflib.get_close_matches(config.optimizer, names, n=3) or names
         raise ConfigError(f"optimizer={config.optimizer!r}: optax has no such optimiser: try {', '.join(near)}")
@@ -96,11 +96,26 @@ def _by_name(config: TrainConfig, mask: Callable[[Any], Any]) -> optax.GradientT
     elif config.weight_decay:
         decay = optax.add_decayed_weights(config.weight_decay, mask)
     for name in options:
+        if name == "learning_rate":
+            raise ConfigError("optimizer_options: learning_rate is a field of its own: set it there")
         if name not in parameters:
             near = difflib.get_close_matches(name, list(parameters), n=3) or list(parameters)
             raise ConfigError(f"optimizer_options: {config.optimizer} has no {name!r}: try {', '.join(near)}")
-    made = make(learning_rate=make_schedule(config), **options)
+    try:
+        made = make(learning_rate=make_schedule(config), **options)
+        _trace(made)
+    except (TypeError, ValueError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+        given = f"optimizer_options={config.optimizer_options!r}: " if config.optimizer_options else ""
+        raise ConfigError(f"optimizer={config.optimizer!r}: {given}a plain step cannot run it: {reason}") from error
     return made if decay is None else optax.chain(decay, made)
+
+
+def _trace(optimizer: optax.GradientTransformation) -> None:
+    """Raises what the optimiser raises when it cannot follow a schedule, lacks an input or has a bad option."""
+    params = {"layers/site": {"leaf": jax.ShapeDtypeStruct((1, 2, 2), "float32")}}
+    state = jax.eval_shape(optimizer.init, params)
+    jax.eval_shape(optimizer.update, params, state, params)
 
 
 def _takes_learning_rate(candidate: Any) -> bool:

@@ -191,9 +191,8 @@ def state_shardings(
     moments = optax.tree.map_params(
         optimizer, lambda _, spec: spec, state.opt_state, own, transform_non_params=lambda _: PartitionSpec()
     )
-    state_specs = TrainState(
-        PartitionSpec(), own, whole(state.adapter_state), moments, whole(state.rule_state), PartitionSpec()
-    )
+    everywhere: Any = PartitionSpec()
+    state_specs = TrainState(everywhere, own, whole(state.adapter_state), moments, whole(state.rule_state), everywhere)
     return StateShardings(
         state=shardings_of(state_specs, mesh),
         params=shardings_of(specs, mesh),
@@ -284,7 +283,7 @@ def _sums(plan, loss, leaves, params, batch, base, key, accumulate):
         first, second = iter(own), iter(others)
         whole = treedef.unflatten([next(first if is_trained else second) for is_trained in trained])
         collections = {"adapters": whole.params, "adapter_state": whole.state, "adapter_constants": whole.constants}
-        return loss({"params": params, **collections, "adapter_probes": probes}, batch, _inputs(base, batch, key))
+        return loss({"params": params, **collections, "adapter_probes": probes}, batch, batch_inputs(base, batch, key))
 
     probes = init_probes(plan, base.num_tasks)
 
@@ -312,7 +311,7 @@ def _split_rows(value: Array, accumulate: int) -> Array:
     return jnp.swapaxes(value.reshape(value.shape[0] // accumulate, accumulate, *value.shape[1:]), 0, 1)
 
 
-def _inputs(base: AdapterInputs, batch: Batch, key: Array | None) -> AdapterInputs:
+def batch_inputs(base: AdapterInputs, batch: Batch, key: Array | None) -> AdapterInputs:
     """What adapters know of a micro-batch; balance losses weigh as many tokens as it has."""
     known = {name: batch.get(name) for name in ("segment_ids", "prompt_mask", "task_ids", "positions")}
     tokens = jnp.sum(batch["loss_mask"].astype(jnp.float32))

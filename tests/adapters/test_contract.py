@@ -1,6 +1,8 @@
 """What every registered method keeps, without a special case for any; a method adds its oracle file and nothing here.
 
-The option sets that are run are the ``VARIANTS`` of tests/oracles/numpy_<method>.py.
+The option sets that are run are the ``VARIANTS`` of tests/oracles/numpy_<method>.py. Its ``forward`` gets the arrays of
+params, state and constants in one mapping; ``without_gradient(options)`` may name leaves that the mathematics leaves
+without one.
 """
 
 import dataclasses
@@ -22,6 +24,7 @@ BLOCK = 6  # features of a block's input
 # From the methods' papers and descriptions: everything else must merge, and must start at zero.
 NOT_MERGEABLE = {"mor"}  # with a routed gate
 NOT_ZERO_AT_START = set()
+START_ROUNDING = {"dora": 1e-6}  # of the largest output, for a method that divides by a norm; others start at 0
 
 CASES = [(name, options) for name in METHODS for options in one_layer.oracle(name).VARIANTS]
 each_case = pytest.mark.parametrize(
@@ -41,8 +44,8 @@ def _setup(name, options, in_features=7, out_features=5, tokens=4, dtype=jnp.flo
 
 def _expected(adapter, leaves, kernel, x, block_input):
     options = {**dataclasses.asdict(adapter), "block_input": block_input}
-    params = {k: np.asarray(v) for k, v in leaves.params.items()}
-    return one_layer.oracle(adapter.name).forward(params, np.asarray(kernel.dense()), np.asarray(x), options)
+    arrays = {k: np.asarray(v) for tree in leaves for k, v in tree.items()}
+    return one_layer.oracle(adapter.name).forward(arrays, np.asarray(kernel.dense()), np.asarray(x), options)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -60,8 +63,10 @@ def test_zero_at_start(name, options):
     adapter, kernel, first, _, x, block_input = _setup(name, options)
     assert adapter.starts_at_zero == (name not in NOT_ZERO_AT_START)
     change = one_layer.delta(adapter, first, x, kernel, block_input)
-    if adapter.starts_at_zero:  # to the rounding of a norm, where a method divides by one
-        assert jnp.abs(change).max() <= 1e-6 * jnp.abs(x @ kernel.dense()).max()
+    if adapter.starts_at_zero:
+        assert jnp.abs(change).max() <= START_ROUNDING.get(name, 0) * jnp.abs(x @ kernel.dense()).max()
+    else:
+        assert bool((change != 0).any())
 
 
 @each_case
@@ -106,11 +111,10 @@ def test_init_is_deterministic_in_its_key(name, options):
 
 
 @each_case
-@settings(max_examples=6, deadline=None, derandomize=True, database=None)
-@given(data=st.data())
-def test_delta_equals_the_oracle(name, options, data):
-    in_features, out_features = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
-    rank, tokens = data.draw(st.sampled_from([1, 2, in_features])), data.draw(st.sampled_from([1, 3]))
+@settings(max_examples=3)
+@given(st.sampled_from([(1, 1, 1, 1), (1, 7, 1, 3), (7, 1, 2, 3), (5, 9, 5, 1), (6, 4, 2, 3), (9, 9, 1, 2)]))
+def test_delta_equals_the_oracle(name, options, sizes):
+    in_features, out_features, rank, tokens = sizes
     adapter, kernel, _, leaves, x, block_input = _setup(name, options, in_features, out_features, tokens, rank=rank)
     y = jax.jit(lambda *args: one_layer.forward(adapter, args[0], x, kernel, block_input))(leaves)
     expected = _expected(adapter, leaves, kernel, x, block_input)
@@ -126,8 +130,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("layout", "dtype"), [*((name, jnp.float32) for name in LAYOUTS), ("heads first", jnp.bfloat16)]
+)
 @each_case
 def test_merge_equals_forward(name, options, dtype, layout):
     adapter, kernel, _, leaves, _, _ = _setup(name, options, 6, 8, dtype=dtype)
@@ -235,6 +240,10 @@ def test_transformations_agree_with_eager(name, options):
     _close(jax.jit(jax.grad(prepared))(stacked.params), gradients)
 
 
+def _without_gradient(name, options):
+    return getattr(one_layer.oracle(name), "without_gradient", lambda options: set())(options)
+
+
 def _three_steps(adapter, leaves, kernel, x, block_input, optimizer):
     """The params after three steps of regression, and whether each leaf ever had a gradient."""
     target = jax.random.normal(jax.random.key(7), (x.shape[0], kernel.shape[1]), x.dtype)
@@ -261,11 +270,10 @@ def _three_steps(adapter, leaves, kernel, x, block_input, optimizer):
 def test_every_leaf_has_a_gradient_within_three_steps(name, options):
     with jax.enable_x64(True):
         adapter, kernel, first, _, x, block_input = _setup(name, options, dtype=jnp.float64, tokens=16)
-        first = first._replace(params=jax.tree.map(lambda leaf: leaf.astype(jnp.float64), first.params))
+        double = lambda leaf: leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf  # noqa: E731
+        first = jax.tree.map(double, first)
         _, seen = _three_steps(adapter, first, kernel, x, block_input, optax.sgd(0.01))
-    if name == "mor" and options.get("top_k") == 1:  # the one gate that is left is 1 whatever the router says
-        assert not seen.pop("router")
-    assert all(jax.tree.leaves(seen)), seen
+    assert {leaf for leaf, reached in seen.items() if not reached} == _without_gradient(name, options)
 
 
 @each_case
@@ -273,6 +281,4 @@ def test_every_leaf_moves_in_three_adam_steps_in_bfloat16(name, options):
     adapter, kernel, first, _, x, block_input = _setup(name, options, dtype=jnp.bfloat16, tokens=16)
     after, _ = _three_steps(adapter, first, kernel, x, block_input, optax.adam(1e-5))
     moved = {leaf: bool((after[leaf] != first.params[leaf]).any()) for leaf in after}
-    if name == "mor" and options.get("top_k") == 1:
-        moved.pop("router")
-    assert all(moved.values()), moved
+    assert {leaf for leaf, changed in moved.items() if not changed} == _without_gradient(name, options)

@@ -76,7 +76,10 @@ def test_help_is_the_fields_comment():
     parser = Parser(prog="mor example")
     add_flags(parser, Example)
     assert field_comments(Example)["name"] == "what it is called"
-    assert "peak, 100 % of it (default: 0.001)" in parser.format_help()
+    text = " ".join(parser.format_help().split())
+    assert "peak, 100 % of it (default: 0.001)" in text
+    assert "what it is called (required)" in text
+    assert "--scan-layers, --no-scan-layers (default: on)" in text
 
 
 def test_every_flag_of_the_contract_is_there():

@@ -27,16 +27,18 @@ def run_bad(capsys, *words):
 @pytest.fixture(scope="module")
 def logits(model_dir):
     """Tokens -> next-token log-probabilities (S, V) in float64, one unpadded sequence at a time."""
-    import jax.numpy as jnp
+    import jax
 
     from mor_jax.models import Decoder
     from mor_jax.models.hf import load_params, read_config
 
     config = read_config(model_dir)
-    params = load_params(model_dir, config)
+    variables = {"params": load_params(model_dir, config)}
+    forward = jax.jit(Decoder(config).apply)  # causal: what fills the row up to 32 changes nothing before it
 
     def run(tokens):
-        out = np.asarray(Decoder(config).apply({"params": params}, jnp.array([tokens])))[0].astype(np.float64)
+        row = np.array([[*tokens, *[0] * (32 - len(tokens))]], np.int32)
+        out = np.asarray(forward(variables, row))[0, : len(tokens)].astype(np.float64)
         return out - np.log(np.exp(out).sum(-1, keepdims=True))
 
     return run

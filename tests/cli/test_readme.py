@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -21,10 +22,11 @@ def test_the_python_example_runs_learns_and_merges_exactly():
     (source,) = blocks("python")
     names = {}
     exec(compile(source, "README.md", "exec"), names)
-    assert names["loss"](names["trained"]) < names["loss"](names["leaves"].params) - 0.05
-    routed = names["adapted"].apply({"params": names["params"], "adapters": names["trained"]}, names["tokens"])
-    merged = names["model"].apply({"params": names["merged"]}, names["tokens"])
-    base = names["model"].apply({"params": names["params"]}, names["tokens"])
+    loss, adapted, plain = map(jax.jit, (names["loss"], names["adapted"].apply, names["model"].apply))
+    assert loss(names["trained"]) < loss(names["leaves"].params) - 0.05
+    routed = adapted({"params": names["params"], "adapters": names["trained"]}, names["tokens"])
+    merged = plain({"params": names["merged"]}, names["tokens"])
+    base = plain({"params": names["params"]}, names["tokens"])
     np.testing.assert_allclose(merged, routed, atol=1e-4)
     assert np.abs(np.asarray(merged - base)).max() > 1e-2
     assert len([line for line in source.splitlines() if line.strip()]) <= 22

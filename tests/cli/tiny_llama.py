@@ -32,7 +32,8 @@ def make_tokenizer():
 
 def make_model(directory):
     """Writes the model and its tokenizer to `directory` and returns it as a string."""
-    params = Decoder(CONFIG).init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
+    params = jax.jit(Decoder(CONFIG).init)(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
+    params = jax.tree.map(lambda leaf: 6 * leaf if leaf.ndim > 1 else leaf, params)  # logits worth comparing
     save_params(params, CONFIG, directory)
     make_tokenizer().save_pretrained(str(directory))
     return str(directory)

@@ -1,32 +1,17 @@
-"""A small tokenizer in the ChatML manner, built in code, and the real one of SmolLM2 where its files are."""
+"""The tokenizers of this room: a small one, and the real one of SmolLM2 where its files are."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from byte_tokenizers import SHARED, byte_tokenizer
+from transformers import AutoTokenizer
 
-SMOLLM2 = Path(__file__).parents[2].parent / "shared/data/models/smollm2-135m-instruct"
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+SMOLLM2 = (
+    Path(os.environ.get("MOR_MODELS", Path.home() / ".cache/mor_jax/models")) / "smollm2",
+    SHARED / "data/models/smollm2-135m-instruct",
 )
-
-
-def byte_tokenizer(chat_template=CHATML, eos="<|im_end|>", bos=None):
-    """One token per byte, with special tokens: what a token covers is plain from the text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex("[a-z]+|."), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    inner.decoder = decoders.ByteLevel()
-    names = {name: token for name, token in (("eos_token", eos), ("bos_token", bos)) if token}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **names)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
-    tokenizer.chat_template = chat_template
-    return tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -36,9 +21,10 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def smollm2():
-    if not (SMOLLM2 / "tokenizer.json").exists():
-        pytest.skip(f"the tokenizer of SmolLM2-135M-Instruct is not at {SMOLLM2}")
-    return AutoTokenizer.from_pretrained(SMOLLM2)
+    for folder in SMOLLM2:
+        if (folder / "tokenizer.json").exists():
+            return AutoTokenizer.from_pretrained(folder)
+    pytest.skip(f"the real models are not on this machine: no tokenizer of SmolLM2 in {' or '.join(map(str, SMOLLM2))}")
 
 
 @pytest.fixture

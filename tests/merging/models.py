@@ -73,7 +73,7 @@ def make(method, targets=("up", "down"), seed=0, scale=0.3, dtype=None, **option
     """(model, params, leaves, plan)."""
     model = Stack(**options)
     ids = jnp.zeros((2, 4), jnp.int32)
-    params = model.init(jax.random.key(seed), ids)["params"]
+    params = jax.jit(model.init)(jax.random.key(seed), ids)["params"]
     if dtype is not None:
         params = jax.tree.map(lambda v: v.astype(dtype), params)
     plan = resolve_sites(model, method, targets, ids)

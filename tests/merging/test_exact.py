@@ -1,5 +1,7 @@
 """Exact merges: the merged base computes what the adapted model computes; dtype, structure and sharding stay."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,28 +13,40 @@ from mor_jax.injection import Adapted, resolve_sites
 from mor_jax.merging import merge
 from tests.merging.models import LAYERS, WIDTH, Stack, batches, call, make, random_leaves
 
-METHODS = [LoRA(rank=3), RsLoRA(rank=3), DoRA(rank=3), MoR(rank=3, num_experts=4, router="mean")]
+# Scales near 1: with alpha 16 the random factors drive tanh's argument to 170, where float32 itself is off by 1e-5.
+METHODS = [
+    LoRA(rank=3, alpha=3),
+    RsLoRA(rank=3, alpha=3),
+    DoRA(rank=3, alpha=3),
+    MoR(rank=3, alpha=3, num_experts=4, router="mean"),
+]
+CASES = [(method, 0) for method in METHODS] + [(METHODS[2], 1), (METHODS[1], None)]
 
 
-def routed_output(model, params, leaves, plan, batch):
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def adapted_output(model, params, leaves, plan, batch):
     args, kwargs, inputs = call(batch)
     return Adapted(base=model, plan=plan).apply(
         {"params": params, "adapters": leaves.params}, *args, adapter_inputs=inputs, **kwargs
     )
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
-@pytest.mark.parametrize("scan_axis", [0, 1, None])
+@functools.partial(jax.jit, static_argnums=0)
+def plain_output(model, params, batch):
+    return model.apply({"params": params}, batch["input_ids"])
+
+
+@pytest.mark.parametrize(("method", "scan_axis"), CASES, ids=lambda v: getattr(v, "name", f"axis-{v}"))
 def test_merged_base_equals_adapted_model(method, scan_axis):
     model, params, leaves, plan = make(method, ("up", "down", "head"), scan_axis=scan_axis)
     merged = merge(params, leaves, plan)
     (batch,) = batches(1)
-    adapted = routed_output(model, params, leaves, plan, batch)
-    plain = model.apply({"params": merged}, batch["input_ids"])
-    base = model.apply({"params": params}, batch["input_ids"])
+    adapted = adapted_output(model, params, leaves, plan, batch)
+    plain = plain_output(model, merged, batch)
+    base = plain_output(model, params, batch)
     assert float(jnp.abs(adapted - base).max()) > 0.1
     # float32 rounding (6e-8) of logits as large as their maximum, through three residual layers
-    np.testing.assert_allclose(plain, adapted, rtol=0, atol=1e-5 * float(jnp.abs(adapted).max()))
+    np.testing.assert_allclose(plain, adapted, rtol=0, atol=3e-6 * float(jnp.abs(adapted).max()))
     assert jax.tree.structure(merged) == jax.tree.structure(params)
     assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, params)
     np.testing.assert_array_equal(merged["embed"]["embedding"], params["embed"]["embedding"])
@@ -61,8 +75,8 @@ def test_routed_method_names_the_site_and_merges_with_constant_gates(scope):
     gates = {path: jnp.full((LAYERS, 4), 0.25) for path in paths}
     merged = merge(params, leaves, plan, gates)
     (batch,) = batches(1)
-    adapted = routed_output(model, params, leaves, plan, batch)
-    plain = model.apply({"params": merged}, batch["input_ids"])
+    adapted = adapted_output(model, params, leaves, plan, batch)
+    plain = plain_output(model, merged, batch)
     np.testing.assert_allclose(plain, adapted, rtol=0, atol=1e-5 * float(jnp.abs(adapted).max()))
     with pytest.raises(ValueError, match=r"\(3, 5\)"):
         merge(params, leaves, plan, {path: jnp.full((LAYERS, 5), 0.2) for path in paths})
@@ -71,7 +85,7 @@ def test_routed_method_names_the_site_and_merges_with_constant_gates(scope):
 def test_trained_modules_replace_the_base_in_its_dtype():
     model = Stack()
     ids = jnp.zeros((2, 4), jnp.int32)
-    params = jax.tree.map(lambda v: v.astype(jnp.bfloat16), model.init(jax.random.key(0), ids)["params"])
+    params = jax.tree.map(lambda v: v.astype(jnp.bfloat16), jax.jit(model.init)(jax.random.key(0), ids)["params"])
     plan = resolve_sites(model, LoRA(rank=2), ("up",), ids, trained_modules=("head",))
     leaves = random_leaves(jax.random.key(1), plan, params)
     merged = merge(params, leaves, plan)

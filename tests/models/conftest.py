@@ -1,4 +1,4 @@
-"""Where the real models are: MOR_MODELS, else what ../shared/tools/get_models.py lays out, else the tests skip."""
+"""Where the real models are: MOR_MODELS, the user's cache, or what ../shared/tools/get_models.py lays out there."""
 
 import os
 import subprocess
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+CACHE = Path.home() / ".cache" / "mor_jax" / "models"
 SCRIPT = Path(__file__).resolve().parents[2].parent / "shared" / "tools" / "get_models.py"
 
 
@@ -17,8 +18,10 @@ def model_folder(name: str) -> Path:
         if not folder.is_dir():
             pytest.skip(f"the real models are not on this machine: {folder} (from MOR_MODELS) does not exist")
         return folder
+    if (CACHE / name / "golden.json").is_file():
+        return CACHE / name
     if not SCRIPT.is_file():
-        pytest.skip(f"the real models are not on this machine: set MOR_MODELS, or provide {SCRIPT}")
+        pytest.skip(f"the real models are not on this machine: neither {CACHE / name} nor {SCRIPT}; set MOR_MODELS")
     result = subprocess.run([sys.executable, str(SCRIPT), name], capture_output=True, text=True)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["no message"])[-1]

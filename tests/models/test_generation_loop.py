@@ -1,6 +1,7 @@
 """The generation loop: cache against full forward, ends, sampling, one compilation, adapted models."""
 
 from dataclasses import replace
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,15 @@ import pytest
 
 from mor_jax.adapters import make_adapter
 from mor_jax.injection import Adapted, init_leaves, resolve_sites
-from mor_jax.models import CachedForward, Decoder, DecoderConfig, continue_prompts, generate, init_cache
+from mor_jax.models import (
+    CachedForward,
+    Decoder,
+    DecoderConfig,
+    abstract_params,
+    continue_prompts,
+    generate,
+    init_cache,
+)
 from mor_jax.models import generation as generation_file
 
 CONFIG = DecoderConfig(
@@ -28,15 +37,27 @@ PROMPTS = [[3, 1, 4, 1, 5, 9], [2, 7], [6, 5, 3, 5]]
 
 @pytest.fixture(scope="module")
 def variables():
-    return Decoder(CONFIG).init(jax.random.key(0), jnp.ones((1, 2), jnp.int32))
+    random = np.random.default_rng(0)
+    draw = lambda leaf: jnp.asarray(random.normal(0, 0.5, leaf.shape), jnp.float32)  # noqa: E731
+    return {"params": jax.tree.map(draw, abstract_params(CONFIG))}
 
 
-def greedy_by_full_forwards(model, variables, prompt, steps):
-    ids = list(prompt)
-    for _ in range(steps):
-        logits = model.apply(variables, jnp.asarray([ids], jnp.int32))
-        ids.append(int(jnp.argmax(logits[0, -1])))
-    return ids[len(prompt) :]
+@lru_cache
+def full_forward(model):
+    return jax.jit(model.apply)
+
+
+def greedy_by_full_forwards(model, variables, prompts, steps):
+    """Row by row the most likely next token of the whole text so far, without a cache; later tokens are unseen."""
+    lengths = np.array([len(prompt) for prompt in prompts])
+    ids = np.zeros((len(prompts), max(lengths) + steps), np.int32)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    rows = np.arange(len(prompts))
+    for step in range(steps):
+        logits = np.asarray(full_forward(model)(variables, ids))
+        ids[rows, lengths + step] = logits[rows, lengths + step - 1].argmax(axis=-1)
+    return [row[n : n + steps].tolist() for row, n in zip(ids, lengths, strict=True)]
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
@@ -48,24 +69,19 @@ def test_cached_equals_full_forward(variables, scan_layers):
         rows = {f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(CONFIG.num_layers)}
         variables = {"params": {**{k: v for k, v in variables["params"].items() if k != "layers"}, **rows}}
     found = continue_prompts(model, config, variables, PROMPTS, max_new_tokens=7)
-    assert found == [greedy_by_full_forwards(model, variables, prompt, 7) for prompt in PROMPTS]
+    assert found == greedy_by_full_forwards(model, variables, PROMPTS, 7)
 
 
 def test_a_prompt_may_enter_the_cache_in_pieces_and_packed(variables):
     ids = jnp.asarray([[3, 1, 4, 1, 5, 9, 2, 6]], jnp.int32)
     segments = jnp.asarray([[1, 1, 1, 2, 2, 2, 2, 2]], jnp.int32)
     positions = jnp.asarray([[0, 1, 2, 0, 1, 2, 3, 4]], jnp.int32)
-    whole = Decoder(CONFIG).apply(variables, ids, positions, segments)
+    whole = full_forward(Decoder(CONFIG))(variables, ids, positions, segments)
+    cached = jax.jit(lambda *inputs: Decoder(CONFIG).apply(*inputs, decode=True, mutable=["cache"]))
     cache, parts = init_cache(CONFIG, 1, 10), []
-    for piece in (slice(0, 5), slice(5, 6), slice(6, 8)):
-        logits, changed = Decoder(CONFIG).apply(
-            {**variables, "cache": cache},
-            ids[:, piece],
-            positions[:, piece],
-            segments[:, piece],
-            decode=True,
-            mutable=["cache"],
-        )
+    for piece in (slice(0, 4), slice(4, 8)):  # the first ends within the second segment
+        inputs = ids[:, piece], positions[:, piece], segments[:, piece]
+        logits, changed = cached({**variables, "cache": cache}, *inputs)
         cache = changed["cache"]
         parts.append(logits)
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=1e-5)
@@ -73,23 +89,52 @@ def test_a_prompt_may_enter_the_cache_in_pieces_and_packed(variables):
 
 
 def test_a_row_ends_with_its_own_end_token(variables):
-    free = continue_prompts(Decoder(CONFIG), CONFIG, variables, PROMPTS, max_new_tokens=8)
+    free = greedy_by_full_forwards(Decoder(CONFIG), variables, PROMPTS, 8)
     end = free[0][2]
     wanted = [row[: row.index(end) + 1] if end in row else row for row in free]
     assert len({len(row) for row in wanted}) > 1  # the rows do end at different steps
     assert continue_prompts(Decoder(CONFIG), CONFIG, variables, PROMPTS, max_new_tokens=8, eos_ids=(end,)) == wanted
-    ids = jnp.asarray([PROMPTS[0]], jnp.int32)
-    raw = generate(
-        CachedForward(Decoder(CONFIG)),
-        variables,
-        init_cache(CONFIG, 1, 14),
-        ids,
-        jnp.ones_like(ids),
-        max_new_tokens=8,
-        eos_ids=(end,),
-        pad_id=40,
-    )
-    assert raw[0].tolist() == wanted[0] + [40] * (8 - len(wanted[0]))
+    ids, mask = padded_left(PROMPTS)
+    cache = init_cache(CONFIG, len(PROMPTS), ids.shape[1] + 8)
+    options = {"max_new_tokens": 8, "eos_ids": (end,), "pad_id": 40}
+    raw = generate(CachedForward(Decoder(CONFIG)), variables, cache, ids, mask, **options)
+    assert raw.tolist() == [row + [40] * (8 - len(row)) for row in wanted]
+
+
+def padded_left(prompts):
+    length = max(map(len, prompts))
+    ids = [[0] * (length - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return jnp.asarray(ids, jnp.int32), jnp.asarray(mask, jnp.int32)
+
+
+def nucleus(logits, temperature, top_p):
+    """Closed form in float64: the distribution that is sampled from."""
+    weights = np.exp((logits - logits.max()) / temperature)
+    weights /= weights.sum()
+    order = np.argsort(-weights)
+    kept = order[: np.searchsorted(np.cumsum(weights[order]), top_p) + 1]
+    found = np.zeros_like(weights)
+    found[kept] = weights[kept] / weights[kept].sum()
+    return found
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.3, 1.0), (0.7, 0.8)])
+def test_sampled_tokens_have_the_distribution_of_the_logits(variables, temperature, top_p):
+    rows, prompt = 4000, PROMPTS[0]
+    logits = full_forward(Decoder(CONFIG))(variables, jnp.asarray([prompt + [0, 0]], jnp.int32))
+    wanted = nucleus(np.asarray(logits, np.float64)[0, len(prompt) - 1], temperature, top_p)
+    ids, mask = padded_left([prompt] * rows)
+    cache = init_cache(CONFIG, rows, len(prompt) + 1)
+    options = {"max_new_tokens": 1, "temperature": temperature, "top_p": top_p, "key": jax.random.key(5)}
+    drawn = np.asarray(generate(CachedForward(Decoder(CONFIG)), variables, cache, ids, mask, **options))[:, 0]
+    counts = np.bincount(drawn, minlength=CONFIG.vocab_size)
+    assert not counts[wanted == 0].any()
+    likely = wanted * rows >= 5
+    assert likely.sum() > 2
+    deviations = (counts - wanted * rows)[likely] / np.sqrt(rows * wanted * (1 - wanted))[likely]
+    assert np.abs(deviations).max() < 4.5  # standard deviations of a binomial count
+    assert np.abs(counts - rows * (wanted > 0) / (wanted > 0).sum()).max() > 0.05 * rows  # and it is far from uniform
 
 
 def test_nothing_compiles_twice(variables):
@@ -129,15 +174,15 @@ def test_top_p_keeps_what_transformers_keeps(top_p):
 def test_an_adapted_model_generates(variables):
     model = Decoder(CONFIG)
     example = jnp.ones((1, 2), jnp.int32)
-    plan = resolve_sites(model, make_adapter("mor", rank=2, num_experts=2), ("q_proj", "down_proj"), example)
+    plan = resolve_sites(model, make_adapter("mor", rank=2, num_experts=2), ("q_proj",), example)
     leaves = init_leaves(jax.random.key(1), plan, variables["params"])
     adapted = Adapted(base=model, plan=plan)
     keys = iter(jax.random.split(jax.random.key(2), 1000))
     moved = jax.tree.map(lambda leaf: leaf + 0.5 * jax.random.normal(next(keys), leaf.shape), leaves.params)
     both = {**variables, "adapters": moved, "adapter_state": leaves.state, "adapter_constants": leaves.constants}
-    found = continue_prompts(adapted, CONFIG, both, PROMPTS, max_new_tokens=6)
-    assert found == [greedy_by_full_forwards(adapted, both, prompt, 6) for prompt in PROMPTS]
-    assert found != continue_prompts(model, CONFIG, variables, PROMPTS, max_new_tokens=6)
+    found = continue_prompts(adapted, CONFIG, both, PROMPTS, max_new_tokens=7)
+    assert found == greedy_by_full_forwards(adapted, both, PROMPTS, 7)
+    assert found != greedy_by_full_forwards(model, variables, PROMPTS, 7)
 
 
 @pytest.mark.parametrize(

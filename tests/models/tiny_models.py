@@ -13,7 +13,7 @@ _SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
@@ -36,7 +36,11 @@ FAMILIES = {
     "llama_linear_rope": ("LlamaConfig", _rope("linear")),
     "llama3_rope": (
         "LlamaConfig",
-        _rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8),
+        # of the twelve frequencies some are kept, some divided, some between
+        {
+            **_rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32),
+            "head_dim": 24,
+        },
     ),
     "llama_yarn_rope": ("LlamaConfig", _rope("yarn", original_max_position_embeddings=8)),
     "smollm": ("LlamaConfig", {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1e5}}),
@@ -52,7 +56,7 @@ FAMILIES = {
             "attention_bias": True,
             "use_sliding_window": True,
             "sliding_window": 4,
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
 }
@@ -88,15 +92,21 @@ def jitted_forward(config: DecoderConfig):
     return jax.jit(lambda params, *inputs: Decoder(config).apply({"params": params}, *inputs))
 
 
+def settings_of(name: str) -> Any:
+    """transformers' configuration of a family."""
+    import transformers
+
+    kind, changes = FAMILIES[name]
+    return getattr(transformers, kind)(**{**_SIZES, **changes})
+
+
 def make_pair(name: str, directory) -> Pair:
     """Every parameter is random, norms and biases too, so that none can be swapped or lost unseen."""
     import torch
     import transformers
 
-    kind, changes = FAMILIES[name]
     torch.manual_seed(sum(map(ord, name)))
-    settings = getattr(transformers, kind)(**{**_SIZES, **changes})
-    model = transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_config(settings_of(name), dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in parameter_name else 0.0, 0.2)
@@ -107,4 +117,8 @@ def make_pair(name: str, directory) -> Pair:
 
 def loop_twin(pair: Pair) -> Pair:
     config = replace(pair.config, scan_layers=False)
-    return replace(pair, config=config, params=load_params(pair.directory, config), forward=jitted_forward(config))
+
+    def forward(params, *inputs):  # not compiled: operation by operation, most of which the families share
+        return Decoder(config).apply({"params": params}, *inputs)
+
+    return replace(pair, config=config, params=load_params(pair.directory, config), forward=forward)

@@ -20,6 +20,11 @@ VARIANTS = (
 )
 
 
+def without_gradient(options):
+    """With one expert left its gate is 1, whatever the router says."""
+    return {"router"} if options.get("top_k") == 1 else set()
+
+
 def gates(params, x, options):
     """(tokens, N): 1/N for the mean router, else a softmax of the logits, of the top_k largest alone if top_k > 0."""
     count = options["num_experts"]

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,24 +10,31 @@ import tiny_training as tiny
 from mor_jax.training.mesh import make_mesh, param_specs
 
 SGD = optax.sgd(1.0)  # the new adapters show the gradient
+CLIPPED = optax.chain(optax.clip_by_global_norm(1.0), SGD)
 
 
-def _run(accumulate=1, batch=None, method="mor", optimizer=SGD, mesh=None, **options):
+@functools.cache
+def _run(accumulate=1, method="mor", optimizer=SGD, layout=None, **options):
+    """(state after one step, metrics, state before, model); what was run already is not run again."""
+    mesh = None if layout is None else make_mesh(layout)
+    return _run_on(tiny.random_batch(), accumulate, method, optimizer, mesh, **options)
+
+
+def _run_on(batch, accumulate=1, method="mor", optimizer=SGD, mesh=None, **options):
     adapted = tiny.adapted_decoder(method, rank=2, **options)
     specs = None if mesh is None else param_specs(tiny.params_of(), mesh, smallest=1)
     step, state, params = tiny.setup(adapted, optimizer, accumulate=accumulate, mesh=mesh, specs=specs)
     state = tiny.nudge(state)
     before = jax.tree.map(np.asarray, state)
-    return (*step(state, params, tiny.random_batch() if batch is None else batch), before, adapted)
+    return (*step(state, params, batch), before, adapted)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "mor"])
 def test_gradient_equals_naive_autodiff(method):
-    new, metrics, before, adapted = _run(2, method=method)
-    batch = tiny.random_batch()
-    loss, gradient = jax.jit(jax.value_and_grad(lambda a: tiny.naive_loss(adapted, tiny.params_of(), a, batch)))(
-        before.adapters
-    )
+    targets = "all-linear" if method == "mor" else tiny.TARGETS
+    new, metrics, before, adapted = _run(2, method=method, targets=targets)
+    batch, params = tiny.random_batch(), tiny.params_of()
+    loss, gradient = jax.jit(jax.value_and_grad(lambda a: tiny.naive_loss(adapted, params, a, batch)))(before.adapters)
     np.testing.assert_allclose(metrics["loss"], loss, atol=1e-6)
     tiny.close(jax.tree.map(lambda a, b: a - np.asarray(b), before.adapters, new.adapters), gradient, 2e-6)
     assert float(metrics["tokens"]) == batch["loss_mask"].sum()
@@ -50,20 +59,19 @@ def test_packed_equals_padded():
         tiny.fill(padded, number, 0, tokens, 1, task=number % 2)
         row, second = divmod(number, 2)
         tiny.fill(packed, row, len(examples[number - 1]) if second else 0, tokens, 1 + second, task=number % 2)
-    first, metrics, _, _ = _run(batch=padded)
-    second, packed_metrics, _, _ = _run(batch=packed)
+    first, metrics, _, _ = _run_on(padded)
+    second, packed_metrics, _, _ = _run_on(packed)
     np.testing.assert_allclose(packed_metrics["loss"], metrics["loss"], atol=1e-6)
     tiny.close(first.adapters, second.adapters, 1e-6)
 
 
 @pytest.mark.parametrize("layout", ["data=8", "data=2,fsdp=4", "fsdp=8"])
 def test_eight_devices_equal_one(layout):
-    one, metrics, _, _ = _run(optimizer=optax.chain(optax.clip_by_global_norm(1.0), SGD))
-    mesh = make_mesh(layout)
-    many, many_metrics, _, _ = _run(optimizer=optax.chain(optax.clip_by_global_norm(1.0), SGD), mesh=mesh)
+    one, metrics, _, _ = _run(optimizer=CLIPPED)
+    many, many_metrics, _, _ = _run(optimizer=CLIPPED, layout=layout)
     np.testing.assert_allclose(many_metrics["loss"], metrics["loss"], atol=1e-6)
     tiny.close(jax.device_get(one.adapters), jax.device_get(many.adapters), 1e-6)
-    assert all(leaf.sharding.mesh.shape == mesh.shape for leaf in jax.tree.leaves(many))
+    assert all(leaf.sharding.mesh.shape == make_mesh(layout).shape for leaf in jax.tree.leaves(many))
 
 
 def test_fsdp_shards_the_base_its_adapters_and_their_moments():
@@ -139,7 +147,7 @@ def test_a_non_finite_update_is_named_too():
 
 def test_dropout_draws_anew_each_step_and_micro_batch_and_repeats_with_the_seed():
     first, _, _, _ = _run(2, dropout=0.5)
-    again, _, _, _ = _run(2, dropout=0.5)
+    again, _, _, _ = _run_on(tiny.random_batch(), 2, dropout=0.5)
     without, _, _, _ = _run(2)
     assert tiny.same(first.adapters, again.adapters)
     assert not tiny.same(first.adapters, without.adapters)

@@ -1,0 +1,145 @@
+"""The run folder: what is in it, when it may be written, and whether a checkpoint in it belongs to this run.
+
+config.yaml         the resolved configuration
+environment.json    versions, devices and git commit of the process that wrote last
+metrics.jsonl       a line a step; TensorBoard events beside it
+checkpoints/        of `Checkpoints`
+adapter/            of `save_adapter`, when all steps are done
+
+Nothing is written before model, data and configuration have passed every check and the step has compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import mor_jax
+from mor_jax.training.config import ConfigError, TrainConfig, config_to_mapping, save_config
+
+_LOGGER = logging.getLogger(__name__)
+_PACKAGES = ("mor_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "transformers")
+
+# May differ between a run and its continuation: they decide what is written and where, not what is trained.
+_FREE = {
+    "output_dir",
+    "resume",
+    "save_every",
+    "keep_checkpoints",
+    "eval_data",
+    "eval_every",
+    "eval_batches",
+    "log_every",
+    "compile_cache",
+}
+_CONTENT = {"model", "data"}  # may have moved: the fingerprint and the packing plan tell whether they are the same
+_ROUNDING = {"mesh", "remat", "loss_chunk"}  # the same mathematics in another order
+
+
+def check_output_dir(config: TrainConfig) -> None:
+    """Returns when the run may write to its folder.
+
+    Raises:
+      ConfigError: the folder holds something and the run is not told to resume, or the path is a file.
+    """
+    directory = Path(config.output_dir)
+    where = f"output_dir={config.output_dir!r}"
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"{where} is a file: give a folder")
+    if directory.is_dir() and any(directory.iterdir()) and not config.resume:
+        raise ConfigError(f"{where} exists and is not empty: go on with it by --resume, or choose another folder")
+
+
+def check_same_run(config: TrainConfig, metadata: Mapping[str, Any], custom_optimizer: bool) -> None:
+    """Returns when a checkpoint's configuration trains the same thing as `config`.
+
+    Args:
+      config: of the run that wants to go on.
+      metadata: of the checkpoint.
+      custom_optimizer: whether the optimiser was made in Python instead of named in `config`.
+
+    Raises:
+      ConfigError: a field that changes the result differs; names the field and both values.
+    """
+    saved, own = metadata["config"], config_to_mapping(config)
+    fixed = own.keys() - _FREE - _CONTENT - _ROUNDING
+    if config.schedule == "constant" or custom_optimizer:
+        fixed -= {"steps"}  # no step before the last depends on how many there will be
+    for name in own:
+        if name in saved and saved[name] != own[name]:
+            if name in fixed:
+                raise ConfigError(
+                    f"{name}={own[name]!r}: the checkpoint was trained with {saved[name]!r}: resume with that, or start"
+                    " a new run in another output_dir"
+                )
+            if name in _ROUNDING:
+                _LOGGER.warning("%s differs from the checkpoint's: equal to rounding, not bit for bit", name)
+    if metadata["custom_optimizer"] != custom_optimizer:
+        how = "made in Python" if metadata["custom_optimizer"] else "named in its configuration"
+        raise ConfigError(f"optimizer: the checkpoint's was {how}: resume with the same one")
+
+
+def check_same_base(config: TrainConfig, metadata: Mapping[str, Any], base_fingerprint: str) -> None:
+    """Returns when the base in memory is the one that the checkpoint was trained on.
+
+    Raises:
+      ConfigError: it is another one.
+    """
+    if metadata["base_fingerprint"] != base_fingerprint:
+        raise ConfigError(
+            f"model={config.model!r}: its weights are not those that the checkpoint was trained on"
+            f" ({metadata['config']['model']!r}): resume with the same base"
+        )
+
+
+def write_run_folder(config: TrainConfig) -> Path:
+    """Makes the folder with `config.yaml` and `environment.json`, each written beside and renamed; returns its path."""
+    directory = Path(config.output_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    beside = directory / "config.yaml.tmp"
+    save_config(dataclasses.replace(config, resume=False), beside)
+    os.replace(beside, directory / "config.yaml")
+    beside = directory / "environment.json.tmp"
+    beside.write_text(json.dumps(environment(), indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, directory / "environment.json")
+    return directory
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and the git commit of this package's checkout (None where it is installed without one)."""
+    devices = jax.devices()
+    return {
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "git_commit": _git_commit(),
+        "machine": platform.platform(),
+        "devices": {"kind": devices[0].device_kind, "count": len(devices), "processes": jax.process_count()},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that this package is the top of; another project's around it would mislead."""
+    root = Path(mor_jax.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        ask = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        return subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

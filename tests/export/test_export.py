@@ -1,0 +1,205 @@
+"""What other software computes from an export, against the live model."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mor_jax.adapters import DoRA, LoRA, MoR, RsLoRA
+from mor_jax.export import (
+    ExportError,
+    export_hf,
+    export_peft,
+    live_logits,
+    peft_config,
+    probe_tokens,
+    read_peft,
+    verify,
+    verify_export,
+    verify_peft,
+)
+from mor_jax.injection import init_leaves, resolve_sites
+from mor_jax.merging import merge
+from mor_jax.models import Decoder, DecoderConfig, ModelFileError, load_params
+from mor_jax.training.integrity import verify_manifest
+
+TOLERANCE = 1e-4
+CONFIG = DecoderConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2)
+EXAMPLE = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+MIXED = {  # ranks, scales, a target in one layer only, and a module trained whole
+    "overrides": ((r"layers_1/mlp/up_proj", RsLoRA(rank=4, alpha=3.0)), ("k_proj", LoRA(rank=2, alpha=5.0))),
+    "trained_modules": ("norm",),
+}
+CASES = {
+    "lora": (LoRA(rank=3, alpha=4.0), ("q_proj", "up_proj"), {}, True),
+    "rslora": (RsLoRA(rank=3, alpha=4.0), ("up_proj",), {}, True),
+    "dora": (DoRA(rank=3, alpha=4.0), ("q_proj", "down_proj", "lm_head"), {}, True),
+    "mixed": (LoRA(rank=3, alpha=4.0), ("q_proj",), MIXED, False),
+}
+
+
+def random_tree(tree, scale, key=0):
+    leaves, structure = jax.tree.flatten(tree)
+    rng = np.random.default_rng(key)
+    noisy = [leaf + scale * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves]
+    return jax.tree.unflatten(structure, noisy)
+
+
+def make_base(directory, config):
+    params = jax.jit(Decoder(config).init)(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
+    params = random_tree(params, 0.1)
+    export_hf(params, config, directory)
+    return params
+
+
+@pytest.fixture(scope="module")
+def scanned(tmp_path_factory):
+    """(params, config, directory) of a base with scanned layers."""
+    directory = tmp_path_factory.mktemp("base") / "model"
+    return make_base(directory, CONFIG), CONFIG, directory
+
+
+def adapt(params, config, method, targets, **options):
+    plan = resolve_sites(Decoder(config), method, targets, EXAMPLE, **options)
+    leaves = init_leaves(jax.random.key(1), plan, params)
+    return plan, leaves._replace(params=random_tree(leaves.params, 0.1, key=1))
+
+
+def torch_model(directory):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(str(directory), dtype=torch.float32)
+
+
+def torch_logits(model, tokens):
+    import torch
+
+    with torch.inference_mode():
+        return model(torch.as_tensor(tokens.astype(np.int64))).logits.numpy()
+
+
+@pytest.mark.oracle
+def test_a_sharded_merged_model_computes_the_same_in_transformers(scanned, tmp_path):
+    pytest.importorskip("torch")
+    params, config, _ = scanned
+    plan, leaves = adapt(params, config, DoRA(rank=3), ("q_proj", "up_proj"))
+    merged = merge(params, leaves, plan)
+    out = export_hf(merged, config, tmp_path / "out", max_shard_bytes=4096)
+    assert len(list(out.glob("model-*.safetensors"))) > 2
+    tokens = probe_tokens(config)
+    adapted, plain = live_logits(params, config, tokens, plan, leaves), live_logits(params, config, tokens)
+    assert np.abs(adapted - plain).max() > 1000 * TOLERANCE
+    np.testing.assert_allclose(torch_logits(torch_model(out), tokens), adapted, rtol=0, atol=TOLERANCE)
+    found = verify_export(out, merged, config)
+    assert (found.verified, found.reader) == (True, "transformers")
+    assert verify_manifest(out) == []
+
+
+@pytest.mark.parametrize("reader", ["mor_jax", pytest.param("transformers", marks=pytest.mark.oracle)])
+def test_an_export_of_another_model_is_found(scanned, reader):
+    if reader == "transformers":
+        pytest.importorskip("torch")
+    params, config, directory = scanned
+    assert verify_export(directory, params, config, reader=reader).verified
+    kernel = params["layers"]["mlp"]["up_proj"]["kernel"]
+    mlp = {**params["layers"]["mlp"], "up_proj": {"kernel": 1.01 * kernel}}
+    other = {**params, "layers": {**params["layers"], "mlp": mlp}}
+    found = verify_export(directory, other, config, reader=reader)
+    assert not found.verified
+    assert found.max_logit_difference > TOLERANCE
+    broken = jax.tree.map(lambda leaf: leaf * np.float32("nan"), params)
+    assert not verify_export(directory, broken, config, reader=reader).verified
+
+
+def test_the_tolerance_grows_with_logits_that_float32_cannot_hold_to_it():
+    expected = np.array([[40.0, -3.0]], np.float32)
+    assert verify._compare(expected + np.float32(3e-4), expected, TOLERANCE, "mor_jax").verified
+    assert not verify._compare(expected + np.float32(5e-4), expected, TOLERANCE, "mor_jax").verified
+    assert not verify._compare(expected, expected * np.float32("inf"), TOLERANCE, "mor_jax").verified
+    assert not verify._compare(expected[:, 1:] + np.float32(2e-4), expected[:, 1:], TOLERANCE, "mor_jax").verified
+
+
+def test_a_folder_that_is_there_and_another_models_source_are_refused(scanned, tmp_path):
+    params, config, directory = scanned
+    with pytest.raises(FileExistsError, match="not empty"):
+        export_hf(params, config, directory)
+    other = dataclasses.replace(config, rope_theta=5e5)
+    with pytest.raises(ModelFileError, match=r"config\.json"):
+        export_hf(params, other, tmp_path / "out", source_dir=directory)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's use of transformers
+@pytest.mark.parametrize("case", CASES)
+def test_peft_loads_the_adapter_on_the_base_with_the_same_logits(scanned, tmp_path, case):
+    peft = pytest.importorskip("peft")
+    method, targets, options, scan = CASES[case]
+    _, config, directory = scanned
+    config = dataclasses.replace(config, scan_layers=scan)
+    params = load_params(directory, config)
+    plan, leaves = adapt(params, config, method, targets, **options)
+    out = export_peft(plan, leaves, config, tmp_path / "out", base_model=directory)
+    tokens = probe_tokens(config)
+    live = live_logits(params, config, tokens, plan, leaves)
+    assert np.abs(live - live_logits(params, config, tokens)).max() > 1000 * TOLERANCE
+    model = peft.PeftModel.from_pretrained(torch_model(directory), str(out))
+    np.testing.assert_allclose(torch_logits(model, tokens), live, rtol=0, atol=TOLERANCE)
+    stored = peft.PeftConfig.from_pretrained(str(out))
+    assert (stored.use_dora, stored.use_rslora) == (case == "dora", case == "rslora")
+    assert stored.base_model_name_or_path == str(directory)
+    assert verify_manifest(out) == []
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_peft_folder_read_again_holds_the_same_arrays(scanned, tmp_path, case):
+    method, targets, options, scan = CASES[case]
+    _, config, directory = scanned
+    config = dataclasses.replace(config, scan_layers=scan)
+    params = load_params(directory, config)
+    plan, leaves = adapt(params, config, method, targets, **options)
+    out = export_peft(plan, leaves, config, tmp_path / "out")
+    again = read_peft(out, config, plan, leaves)
+    jax.tree.map(np.testing.assert_array_equal, again.params, leaves.params)
+
+
+def test_without_torch_our_own_reader_compares_a_peft_folder(scanned, tmp_path):
+    params, config, directory = scanned
+    plan, leaves = adapt(params, config, LoRA(rank=2), ("q_proj",))
+    out = export_peft(plan, leaves, config, tmp_path / "out")
+    found = verify_peft(out, directory, params, config, plan, leaves, reader="mor_jax")
+    assert (found.verified, found.reader) == (True, "mor_jax")
+    doubled = leaves._replace(params=jax.tree.map(lambda leaf: 2 * leaf, leaves.params))
+    assert not verify_peft(out, directory, params, config, plan, doubled, reader="mor_jax").verified
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "named"),
+    [
+        (MoR(rank=2), {}, "layers/self_attn/q_proj: PEFT has no mor"),
+        (LoRA(rank=2), {"overrides": (("up_proj", DoRA(rank=2)),)}, "DoRA at every site"),
+        (LoRA(rank=2), {"trained_modules": ("embed_tokens",)}, "output head too"),
+    ],
+)
+def test_what_peft_cannot_hold_is_refused_with_the_format_that_can(tmp_path, method, options, named):
+    config = dataclasses.replace(CONFIG, tie_word_embeddings=True)
+    plan = resolve_sites(Decoder(config), method, ("q_proj",), EXAMPLE, **options)
+    with pytest.raises(ExportError, match=named) as caught:
+        peft_config(plan, config)
+    assert "--format hf" in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_names_are_short_where_every_module_of_a_name_is_adapted():
+    loop = dataclasses.replace(CONFIG, scan_layers=False)
+    plan = resolve_sites(Decoder(loop), LoRA(rank=2), ("q_proj", r"layers_1/mlp/up_proj"), EXAMPLE)
+    described = peft_config(plan, loop)
+    assert described["target_modules"] == ["model.layers.1.mlp.up_proj", "q_proj"]
+    assert described["rank_pattern"] == {}
+    assert json.loads(json.dumps(described)) == described
+    assert Path(described["base_model_name_or_path"] or "none").name == "none"
