@@ -5,6 +5,7 @@ from mor_jax.models.decoder import Decoder, abstract_params, head_kernel, init_c
 from mor_jax.models.generation import CachedForward, continue_prompts, generate
 from mor_jax.models.hf import load_params, save_params
 from mor_jax.models.hf_config import ModelFileError, config_to_hf, read_config
+from mor_jax.models.logical_axes import logical_axes
 
 __all__ = [
     "CachedForward",
@@ -19,6 +20,7 @@ __all__ = [
     "head_kernel",
     "init_cache",
     "load_params",
+    "logical_axes",
     "read_config",
     "save_params",
 ]

@@ -30,6 +30,7 @@ from mor_jax.models.attention import (
     visible,
 )
 from mor_jax.models.config import DecoderConfig
+from mor_jax.models.logical_axes import INNER, RESIDUAL
 
 _ACTIVATIONS = {
     "silu": nn.silu,
@@ -60,7 +61,8 @@ class MLP(nn.Module):
         )
         gate = dense(config.intermediate_size, name="gate_proj")(x)
         up = dense(config.intermediate_size, name="up_proj")(x)
-        return dense(config.hidden_size, name="down_proj")(_ACTIVATIONS[config.hidden_act](gate) * up)
+        inner = nn.with_logical_constraint(_ACTIVATIONS[config.hidden_act](gate) * up, INNER)
+        return dense(config.hidden_size, name="down_proj")(inner)
 
 
 class DecoderLayer(nn.Module):
@@ -72,9 +74,9 @@ class DecoderLayer(nn.Module):
     def __call__(self, x: jax.Array, window: jax.Array | int | None, inputs: LayerInputs) -> tuple[jax.Array, None]:
         """x (B, S, D) to ((B, S, D), None): carry and output, as a scan wants them."""
         normed = RMSNorm(self.config, name="input_layernorm")(x)
-        x = x + Attention(self.config, name="self_attn")(normed, inputs, window)
+        x = nn.with_logical_constraint(x + Attention(self.config, name="self_attn")(normed, inputs, window), RESIDUAL)
         normed = RMSNorm(self.config, name="post_attention_layernorm")(x)
-        return x + MLP(self.config, name="mlp")(normed), None
+        return nn.with_logical_constraint(x + MLP(self.config, name="mlp")(normed), RESIDUAL), None
 
 
 class Decoder(nn.Module):
@@ -135,7 +137,7 @@ class Decoder(nn.Module):
             embedding_init=nn.initializers.normal(config.initializer_range),
             name="embed_tokens",
         )
-        x = self._layers(embed(input_ids), inputs, windowed)
+        x = self._layers(nn.with_logical_constraint(embed(input_ids), RESIDUAL), inputs, windowed)
         x = RMSNorm(config, name="norm")(x[:, -1:] if output == "last" else x)
         if output == "hidden" and not (self.is_initializing() and not config.tie_word_embeddings):
             return x

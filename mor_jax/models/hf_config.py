@@ -126,10 +126,10 @@ def read_config(directory: str | os.PathLike) -> DecoderConfig:
 
 
 def same_model(first: DecoderConfig, second: DecoderConfig) -> bool:
-    """Whether the two describe one function of the same weights; dtypes, scan and remat do not count."""
+    """Whether the two describe one function of the same weights; dtypes, scan, remat and blocks do not count."""
 
     def plain(config: DecoderConfig) -> DecoderConfig:
-        how = {"dtype": "float32", "param_dtype": "float32", "scan_layers": True, "remat": "none"}
+        how = {"dtype": "float32", "param_dtype": "float32", "scan_layers": True, "remat": "none", "attention_block": 0}
         return replace(config, sliding_window=None, sliding_layers=(), **how)
 
     return first.windows == second.windows and plain(first) == plain(second)

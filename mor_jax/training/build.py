@@ -20,11 +20,12 @@ import optax
 
 from mor_jax.data import DataSource, load_examples, make_iterator, make_plan, parse_sources, single_pass
 from mor_jax.injection import Adapted, AdapterPlan, resolve_sites
-from mor_jax.models import Decoder, DecoderConfig, abstract_params, head_kernel, load_params, read_config
+from mor_jax.models import Decoder, DecoderConfig, abstract_params, head_kernel, load_params, logical_axes, read_config
 from mor_jax.training.config import ConfigError, TrainConfig
-from mor_jax.training.mesh import check_batch, make_mesh, param_specs, shardings_of
+from mor_jax.training.mesh import check_batch, make_mesh
 from mor_jax.training.metrics import TargetRow
 from mor_jax.training.optimizer import make_optimizer, optimizer_bytes, plan_decay_mask
+from mor_jax.training.sharding import check_heads, param_specs, shardings_of
 from mor_jax.training.step import Loss, language_model_loss
 
 _LOGGER = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def build_run(config: TrainConfig, optimizer: optax.GradientTransformation | Non
         trained_modules=config.trained_modules,
     )
     optimizer = make_optimizer(config, optimizer, plan_decay_mask(plan))
-    specs = param_specs(abstract_params(shape), mesh)
+    specs = decoder_specs(shape, mesh)
     batches, eval_batches, tasks = _data(config, shape)
     params = load_params(config.model, shape, shardings_of(specs, mesh))
     adapted = Adapted(base=decoder, plan=plan)
@@ -127,6 +128,17 @@ def decoder_config(config: TrainConfig) -> DecoderConfig:
         scan_layers=config.scan_layers,
         remat=config.remat,
     )
+
+
+def decoder_specs(shape: DecoderConfig, mesh: jax.sharding.Mesh) -> Any:
+    """Where a decoder's parameters live: a `PartitionSpec` for each, by the names of its axes.
+
+    Raises:
+      MeshError: an axis or the heads do not divide.
+    """
+    check_heads(shape.num_heads, shape.num_kv_heads, mesh)
+    params = abstract_params(shape)
+    return param_specs(params, mesh, axes=logical_axes(params))
 
 
 def choose_mesh(config: TrainConfig) -> jax.sharding.Mesh:

@@ -25,7 +25,8 @@ from jax.sharding import Mesh, PartitionSpec
 from mor_jax.adapters import AdapterInputs, Leaves
 from mor_jax.injection import Adapted, AdapterPlan, adapter_specs, init_leaves, init_probes, prepare_leaves
 from mor_jax.training.losses import chunked_cross_entropy, cross_entropy
-from mor_jax.training.mesh import batch_sharding, replicated, shardings_of
+from mor_jax.training.mesh import batch_sharding, replicated
+from mor_jax.training.sharding import on_mesh, shardings_of, spread
 
 Params = Mapping[str, Any]
 Batch = Mapping[str, Array]
@@ -180,11 +181,11 @@ def state_shardings(
     """Shardings for an (abstract) state: adapters follow their kernels, moments follow their adapters."""
     known = adapter_specs(plan, specs)
 
-    def spec(path, _):
+    def spec(path, leaf):
         found: Any = known
         for part in path:
             found = found.get(part.key, PartitionSpec()) if isinstance(found, Mapping) else found
-        return found if isinstance(found, PartitionSpec) else PartitionSpec()
+        return spread(found if isinstance(found, PartitionSpec) else PartitionSpec(), leaf, mesh)
 
     own = jax.tree.map_with_path(spec, state.adapters)
     whole = lambda tree: jax.tree.map(lambda _: PartitionSpec(), tree)  # noqa: E731 - one line, used thrice
@@ -249,7 +250,8 @@ def make_step(
     if shardings is not None:
         options["in_shardings"] = (shardings.state, shardings.params, shardings.constants, shardings.batch)
         options["out_shardings"] = (shardings.state, shardings.metrics)
-    return Step(jax.jit(step, **options), {} if constants is None else constants, leaf_names(adapters or {}))
+    placed = on_mesh(step, None if shardings is None else shardings.batch.mesh)
+    return Step(jax.jit(placed, **options), {} if constants is None else constants, leaf_names(adapters or {}))
 
 
 def _plan(adapted: Adapted) -> AdapterPlan:
