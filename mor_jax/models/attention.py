@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.spmd import with_logical_constraint
 
 from mor_jax.models.config import DecoderConfig, RopeScaling
 from mor_jax.models.logical_axes import KEY_HEADS, QUERY_HEADS
@@ -188,7 +189,7 @@ class Attention(nn.Module):
         key = dense(kv_width, use_bias=config.qkv_bias, name="k_proj")(x)
         value = dense(kv_width, use_bias=config.qkv_bias, name="v_proj")(x)
         query, key, value = (
-            nn.with_logical_constraint(t.reshape(*x.shape[:2], -1, config.head_dim), axes)
+            with_logical_constraint(t.reshape(*x.shape[:2], -1, config.head_dim), axes)
             for t, axes in ((query, QUERY_HEADS), (key, KEY_HEADS), (value, KEY_HEADS))
         )
         if config.qk_norm:
@@ -200,7 +201,7 @@ class Attention(nn.Module):
         if window is not None and inputs.distance is not None:
             mask = mask & (inputs.distance < window)
         out = attend_in_blocks(query, key, value, mask, config.attention_block, attend)
-        out = nn.with_logical_constraint(out, QUERY_HEADS).reshape(*x.shape[:2], -1)
+        out = with_logical_constraint(out, QUERY_HEADS).reshape(*x.shape[:2], -1)
         return dense(config.hidden_size, use_bias=config.o_bias, name="o_proj")(out)
 
     def _cached(self, name: str, new: jax.Array, index: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.spmd import with_logical_constraint
 
 from mor_jax.models.attention import (
     Attention,
@@ -61,7 +62,7 @@ class MLP(nn.Module):
         )
         gate = dense(config.intermediate_size, name="gate_proj")(x)
         up = dense(config.intermediate_size, name="up_proj")(x)
-        inner = nn.with_logical_constraint(_ACTIVATIONS[config.hidden_act](gate) * up, INNER)
+        inner = with_logical_constraint(_ACTIVATIONS[config.hidden_act](gate) * up, INNER)
         return dense(config.hidden_size, name="down_proj")(inner)
 
 
@@ -74,9 +75,9 @@ class DecoderLayer(nn.Module):
     def __call__(self, x: jax.Array, window: jax.Array | int | None, inputs: LayerInputs) -> tuple[jax.Array, None]:
         """x (B, S, D) to ((B, S, D), None): carry and output, as a scan wants them."""
         normed = RMSNorm(self.config, name="input_layernorm")(x)
-        x = nn.with_logical_constraint(x + Attention(self.config, name="self_attn")(normed, inputs, window), RESIDUAL)
+        x = with_logical_constraint(x + Attention(self.config, name="self_attn")(normed, inputs, window), RESIDUAL)
         normed = RMSNorm(self.config, name="post_attention_layernorm")(x)
-        return nn.with_logical_constraint(x + MLP(self.config, name="mlp")(normed), RESIDUAL), None
+        return with_logical_constraint(x + MLP(self.config, name="mlp")(normed), RESIDUAL), None
 
 
 class Decoder(nn.Module):
@@ -137,7 +138,7 @@ class Decoder(nn.Module):
             embedding_init=nn.initializers.normal(config.initializer_range),
             name="embed_tokens",
         )
-        x = self._layers(nn.with_logical_constraint(embed(input_ids), RESIDUAL), inputs, windowed)
+        x = self._layers(with_logical_constraint(embed(input_ids), RESIDUAL), inputs, windowed)
         x = RMSNorm(config, name="norm")(x[:, -1:] if output == "last" else x)
         if output == "hidden" and not (self.is_initializing() and not config.tie_word_embeddings):
             return x

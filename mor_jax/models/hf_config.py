@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mor_jax.models.config import DecoderConfig, RopeScaling
+from mor_jax.models.presets import PRESETS, nearest_preset, preset
 
 
 class ModelFileError(ValueError):
@@ -123,6 +124,27 @@ def read_config(directory: str | os.PathLike) -> DecoderConfig:
     """
     path = Path(directory) / "config.json"
     return _parse(path, read_json(path))
+
+
+def known_config(model: str | os.PathLike) -> DecoderConfig:
+    """The `DecoderConfig` of a model directory, of a lone `config.json`, or of a well-known checkpoint by name.
+
+    Raises:
+      ModelFileError: as `read_config`, or nothing is there under that name.
+    """
+    path = Path(model)
+    if path.is_file():
+        return _parse(path, read_json(path))
+    if path.is_dir():
+        return read_config(path)
+    fields = preset(str(model))
+    if fields is None:
+        near = nearest_preset(str(model))
+        hint = f"; did you mean {near}?" if near else ""
+        raise ModelFileError(
+            f"{model}: no model directory, no config.json, and no known name; known are {', '.join(PRESETS)}{hint}"
+        )
+    return _parse(path, fields)
 
 
 def same_model(first: DecoderConfig, second: DecoderConfig) -> bool:

@@ -56,7 +56,9 @@ def logical_axes(params: Any) -> Any:
             own = ()
         if len(stacked + own) != leaf.ndim:
             where = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise ValueError(f"{where} of shape {leaf.shape} has no logical axes: add it to mor_jax/models/logical_axes.py")
+            raise ValueError(
+                f"{where} of shape {leaf.shape} has no logical axes: add it to mor_jax/models/logical_axes.py"
+            )
         return stacked + own
 
     return jax.tree.map_with_path(names, params)

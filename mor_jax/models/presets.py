@@ -1,4 +1,4 @@
-"""Shapes of well-known checkpoints by name, as the fields of their `config.json`: planning needs no weights and no files."""
+"""Shapes of well-known checkpoints by name, as the fields of their `config.json`: a plan needs no weights and no files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LLAMA_31_ROPE = {
 }
 
 
-def _shape(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, **more: Any) -> dict:
+def _shape(vocab: int, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, **more: Any) -> dict:
     return {
         "hidden_size": hidden,
         "intermediate_size": intermediate,
@@ -29,12 +29,12 @@ def _shape(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: in
 
 def _llama(*sizes: int, **more: Any) -> dict:
     common = {"model_type": "llama", "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072}
-    return _shape(*sizes, 128256, **(common | {"rope_scaling": _LLAMA_31_ROPE} | more))
+    return _shape(128256, *sizes, **(common | {"rope_scaling": _LLAMA_31_ROPE} | more))
 
 
 def _qwen3(*sizes: int, **more: Any) -> dict:
     common = {"model_type": "qwen3", "head_dim": 128, "rope_theta": 1000000.0, "max_position_embeddings": 40960}
-    return _shape(*sizes, 151936, **(common | more))
+    return _shape(151936, *sizes, **(common | more))
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -45,12 +45,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama-3.1-70b": _llama(8192, 28672, 80, 64, 8),
     "llama-3.1-405b": _llama(16384, 53248, 126, 128, 8),
     "mistral-7b": _shape(
+        32768,
         4096,
         14336,
         32,
         32,
         8,
-        32768,
         model_type="mistral",
         rope_theta=1000000.0,
         rms_norm_eps=1e-5,
@@ -64,15 +64,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def preset(name: str) -> dict[str, Any]:
-    """The `config.json` fields of the checkpoint called `name`, upper or lower case.
+def preset(name: str) -> dict[str, Any] | None:
+    """The `config.json` fields of the checkpoint called `name`, in any case, with or without its owner; or None."""
+    found = PRESETS.get(name.lower().rsplit("/", 1)[-1])
+    return None if found is None else dict(found)
 
-    Raises:
-      ValueError: no checkpoint of that name is known; lists the known ones and the nearest.
-    """
-    key = name.lower().rsplit("/", 1)[-1]
-    if key not in PRESETS:
-        near = difflib.get_close_matches(key, PRESETS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"no model directory and no known shape is called {name!r}; known: {', '.join(PRESETS)}{hint}")
-    return dict(PRESETS[key])
+
+def nearest_preset(name: str) -> str:
+    """The known name that is most like `name`, or ""."""
+    return next(iter(difflib.get_close_matches(name.lower(), PRESETS, n=1)), "")

@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
-
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 _BYTES |= {"s64": 8, "u64": 8, "f64": 8, "s4": 1, "u4": 1, "f8e4m3fn": 1, "f8e5m2": 1}
@@ -25,14 +23,13 @@ _NOT_MEMORY = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast",
 _NOT_MEMORY |= {"after-all", "partition-id", "replica-id", "iota", "broadcast", "reshape"}
 
 
-def count_flops(function: Any, *arguments: Any) -> float:
-    """Operations of the matrix products of one call over all devices, 2 m n k each, loops counted in full.
+def count_flops(jaxpr: Any) -> float:
+    """Operations of the matrix products of one call over all devices, 2 m n k each, scans counted in full.
 
     Args:
-      function: anything that `jax.make_jaxpr` takes.
-      *arguments: its arguments, arrays or shapes.
+      jaxpr: of `jax.make_jaxpr(f)(...)` or `jax.jit(f).trace(...).jaxpr`.
     """
-    return _flops_of(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return _flops_of(getattr(jaxpr, "jaxpr", jaxpr))
 
 
 def _flops_of(jaxpr: Any) -> float:
@@ -81,12 +78,16 @@ class Traffic:
       collectives: sent and received, by kind.
       counts: how often each kind runs.
       largest: the largest output of each kind, bytes.
+      channels: of the collectives that are counted already.
+      gathered: sizes of the axes of each array that an all-gather makes, sorted.
     """
 
     memory: float = 0.0
     collectives: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     largest: dict[str, int] = field(default_factory=dict)
+    channels: set[int] = field(default_factory=set)
+    gathered: set[tuple[int, ...]] = field(default_factory=set)
 
 
 def type_bytes(text: str) -> int:
@@ -135,12 +136,13 @@ def measure_traffic(text: str) -> Traffic:
 
 def trip_count(computations: dict[str, list[Instruction]], condition: str) -> int:
     """How often a loop runs whose counter starts at 0: the largest integer constant that its condition holds."""
-    constants = [
-        int(found[1])
-        for instruction in computations.get(condition, ())
-        if instruction.operation == "constant" and (found := re.search(r"constant\((\d+)\)", instruction.text))
-    ]
-    return max([1, *constants])
+    counts = [1]
+    for instruction in computations.get(condition, ()):
+        if found := re.search(r" constant\((\d+)\)", instruction.text):
+            counts.append(int(found[1]))
+        elif instruction.operation == "fusion":
+            counts.append(trip_count(computations, _called(instruction, "calls")))
+    return max(counts)
 
 
 def _called(instruction: Instruction, attribute: str) -> str:
@@ -158,6 +160,8 @@ def _add(computations: dict[str, list[Instruction]], name: str, times: int, traf
         elif operation == "while":
             inner = times * trip_count(computations, _called(instruction, "condition"))
             _add(computations, _called(instruction, "body"), inner, traffic)
+        elif operation == "fusion":
+            _add_fused_collectives(computations, _called(instruction, "calls"), times, traffic)
         elif operation in ("call", "async-start"):
             _add(computations, _called(instruction, "to_apply") or _called(instruction, "calls"), times, traffic)
         elif operation == "conditional":
@@ -167,8 +171,25 @@ def _add(computations: dict[str, list[Instruction]], name: str, times: int, traf
             traffic.memory += times * _touched(computations, instruction, types)
 
 
+def _add_fused_collectives(computations: dict[str, list[Instruction]], name: str, times: int, traffic: Traffic) -> None:
+    """A TPU's asynchronous collective is a fusion that starts it and others that go on with it, all of one channel."""
+    types = {instruction.name: instruction.type for instruction in computations.get(name, ())}
+    for instruction in computations.get(name, ()):
+        kind = instruction.operation.removesuffix("-start")
+        if kind in COLLECTIVES:
+            _add_collective(instruction, kind, times, types, traffic)
+
+
 def _add_collective(instruction: Instruction, kind: str, times: int, types: dict[str, str], traffic: Traffic) -> None:
     """A ring sends each device about what it ends up with; an all-reduce twice that."""
+    channel = re.search(r"channel_id=(\d+)", instruction.text)
+    if channel and int(channel[1]) in traffic.channels:
+        return
+    if channel:
+        traffic.channels.add(int(channel[1]))
+    if kind == "all-gather":
+        shapes = [shape.split(",") for _, shape in _ARRAY.findall(instruction.type)]
+        traffic.gathered |= {tuple(sorted(int(size) for size in shape if size)) for shape in shapes}
     given = sum(type_bytes(types.get(operand, "")) for operand in instruction.operands)
     made = type_bytes(instruction.type)
     made = made - given if instruction.operation.endswith("-start") else made

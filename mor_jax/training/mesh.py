@@ -59,9 +59,7 @@ def _parse(description: str) -> dict[str, int]:
     for part in description.split(","):
         axis, separator, text = part.strip().partition("=")
         if axis not in AXES or not separator or axis in sizes:
-            raise MeshError(
-                f"mesh={description!r}: write each of {', '.join(AXES)} at most once, as in data=2,fsdp=4"
-            )
+            raise MeshError(f"mesh={description!r}: write each of {', '.join(AXES)} at most once, as in data=2,fsdp=4")
         try:
             sizes[axis] = int(text)
         except ValueError:

@@ -59,7 +59,9 @@ class ShardingRules:
         known = {field.name for field in dataclasses.fields(self)}
         unknown = [name for name in names if name is not None and name not in known]
         if unknown:
-            raise MeshError(f"no sharding rule for the logical axis {unknown[0]!r}; there are {', '.join(sorted(known))}")
+            raise MeshError(
+                f"no sharding rule for the logical axis {unknown[0]!r}; there are {', '.join(sorted(known))}"
+            )
         parts = [() if name is None else getattr(self, name) for name in names]
         used = [axis for part in parts for axis in part]
         twice = sorted({axis for axis in used if used.count(axis) > 1})
@@ -129,7 +131,9 @@ def _largest_axis(path: Any, leaf: Any, size: int) -> PartitionSpec:
         return PartitionSpec()
     divisible = [axis for axis in range(1 if leaf.ndim >= 3 else 0, leaf.ndim) if leaf.shape[axis] % size == 0]
     if not divisible:
-        raise MeshError(f"{_name(path)} of shape {leaf.shape} has no axis that divides by fsdp={size}: choose another size")
+        raise MeshError(
+            f"{_name(path)} of shape {leaf.shape} has no axis that divides by fsdp={size}: choose another size"
+        )
     largest = max(divisible, key=lambda axis: leaf.shape[axis])
     return PartitionSpec(*("fsdp" if axis == largest else None for axis in range(largest + 1)))
 
@@ -142,7 +146,9 @@ def _fitting(path: Any, leaf: Any, spec: PartitionSpec, mesh: Mesh) -> Partition
         ways = math.prod(mesh.shape[axis] for axis in axes)
         if size % ways:
             sizes = ",".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
-            raise MeshError(f"{_name(path)} of shape {leaf.shape}: {size} does not divide by {sizes}: choose another size")
+            raise MeshError(
+                f"{_name(path)} of shape {leaf.shape}: {size} does not divide by {sizes}: choose another size"
+            )
         parts.append(axes[0] if len(axes) == 1 else axes or None)
     while parts and parts[-1] is None:
         parts.pop()
@@ -158,7 +164,8 @@ def check_heads(num_heads: int, num_kv_heads: int, mesh: Mesh) -> None:
     size, both = mesh.shape.get("tensor", 1), math.gcd(num_heads, num_kv_heads)
     if both % size:
         raise MeshError(
-            f"tensor={size} does not divide {num_heads} heads and {num_kv_heads} key-value heads: choose a divisor of {both}"
+            f"tensor={size} does not divide {num_heads} heads and {num_kv_heads} key-value heads: "
+            f"choose a divisor of {both}"
         )
 
 

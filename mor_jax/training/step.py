@@ -113,9 +113,13 @@ class Step:
         """One optimiser step."""
         return self.function(state, params, self.constants, batch)
 
+    def trace(self, state: Any, params: Any, batch: Any) -> Any:
+        """The traced program (`.jaxpr`, `.lower()`), for arrays or shapes."""
+        return self.function.trace(state, params, self.constants, batch)
+
     def lower(self, state: Any, params: Any, batch: Any) -> Any:
         """The lowered program, for arrays or shapes."""
-        return self.function.lower(state, params, self.constants, batch)
+        return self.trace(state, params, batch).lower()
 
     def cache_size(self) -> int:
         """How many programs were compiled."""
@@ -156,6 +160,29 @@ def init_state(
       what the first compiled.
     """
     plan = _plan(adapted)
+    make = _start(plan, optimizer)
+    if mesh is None:
+        state, constants = jax.jit(make)(key, params)
+        return state, constants, None
+    _, _, shardings = abstract_state(adapted, params, optimizer, mesh, specs)
+    state, constants = jax.jit(
+        make, in_shardings=(replicated(mesh), shardings.params), out_shardings=(shardings.state, shardings.constants)
+    )(key, params)
+    return state, constants, shardings
+
+
+def abstract_state(
+    adapted: Adapted, params: Params, optimizer: optax.GradientTransformation, mesh: Mesh, specs: Any
+) -> tuple[TrainState, Any, StateShardings]:
+    """What `init_state` returns, as shapes: nothing is allocated, and `mesh` may be of devices that are not there."""
+    plan = _plan(adapted)
+    key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
+    state, constants = jax.eval_shape(_start(plan, optimizer), key, params)
+    return state, constants, state_shardings(plan, state, constants, optimizer, specs, mesh)
+
+
+def _start(plan: AdapterPlan, optimizer: optax.GradientTransformation) -> Callable[..., tuple[TrainState, Any]]:
+    """(key, params) -> (state before step one, constants)."""
 
     def make(key, params):
         leaves = init_leaves(jax.random.fold_in(key, 0), plan, params)
@@ -164,15 +191,7 @@ def init_state(
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, leaves.params, leaves.state, opt_state, {}, root), leaves.constants
 
-    if mesh is None:
-        state, constants = jax.jit(make)(key, params)
-        return state, constants, None
-    abstract, constants = jax.eval_shape(make, key, params)
-    shardings = state_shardings(plan, abstract, constants, optimizer, specs, mesh)
-    state, constants = jax.jit(
-        make, in_shardings=(replicated(mesh), shardings.params), out_shardings=(shardings.state, shardings.constants)
-    )(key, params)
-    return state, constants, shardings
+    return make
 
 
 def state_shardings(

@@ -1,7 +1,7 @@
-"""Accelerator slices by name, without the hardware: their devices for ahead-of-time compilation, and what a chip can do.
+"""Accelerator slices by name, without the hardware: their devices for compiling, and what a chip can do.
 
-    v5e:4x4      16 chips of TPU v5e; compiled by XLA's TPU compiler, which runs on any machine with the `tpu` extra
-    cpu:8        8 virtual devices of this machine's CPU
+v5e:4x4      16 chips of TPU v5e; compiled by XLA's TPU compiler, which runs on any machine with the `tpu` extra
+cpu:8        8 virtual devices of this machine's CPU
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Chip:
     devices_per_chip: int = 1
 
 
+_DEVICE_COUNT = "xla_force_host_platform_device_count"
 _GIB = 2**30
 CHIPS = {
     "v4": Chip(32 * _GIB, 275e12, 1.228e12, 300e9, "v4-{cores}"),
@@ -58,6 +59,13 @@ class Topology:
     devices: tuple[Any, ...]
     chip: Chip | None
 
+    @property
+    def capacity_bytes(self) -> int:
+        """Memory of one device; this machine's divided by its virtual devices for the CPU."""
+        if self.chip is not None:
+            return self.chip.capacity_bytes
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(self.devices)
+
 
 def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:
     """("v5e", (4, 4)) of "v5e:4x4"; ("cpu", (8,)) of "cpu:8".
@@ -67,7 +75,9 @@ def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:
     """
     kind, _, shape = name.partition(":")
     if kind not in (*CHIPS, "cpu") or not re.fullmatch(r"\d+(x\d+)*", shape):
-        raise TopologyError(f"topology {name!r}: write KIND:SHAPE, KIND of {', '.join(CHIPS)} or cpu, as in v5e:4x4, cpu:8")
+        raise TopologyError(
+            f"topology {name!r}: write KIND:SHAPE, KIND of {', '.join(CHIPS)} or cpu, as in v5e:4x4, cpu:8"
+        )
     sizes = tuple(int(size) for size in shape.split("x"))
     if min(sizes) < 1:
         raise TopologyError(f"topology {name!r}: every size must be at least 1")
@@ -84,8 +94,9 @@ def prepare_environment(name: str) -> None:
     count = math.prod(sizes)
     if kind == "cpu":
         flags = os.environ.get("XLA_FLAGS", "")
-        if "xla_force_host_platform_device_count" not in flags:
-            os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}".strip()
+        if (given := re.search(rf"--{_DEVICE_COUNT}=(\d+)", flags)) is None or int(given[1]) < count:
+            os.environ["XLA_FLAGS"] = f"{flags} --{_DEVICE_COUNT}={count}".strip()  # the last one counts
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
         return
     accelerator = CHIPS[kind].accelerator.format(chips=count, cores=2 * count)
     wanted = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": accelerator, "TPU_WORKER_HOSTNAMES": "localhost"}
@@ -110,7 +121,7 @@ def load_topology(name: str) -> Topology:
         if len(devices) < count:
             raise TopologyError(
                 f"topology {name!r}: this process has {len(devices)} CPU devices; "
-                f"start it with XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+                f"start it with XLA_FLAGS=--{_DEVICE_COUNT}={count}"
             )
         return Topology(name, tuple(devices[:count]), None)
     try:

@@ -10,7 +10,14 @@ from mor_jax.training.sharding import param_specs
 
 @pytest.mark.parametrize(
     ("description", "sizes"),
-    [("", (8, 1)), ("data=2,fsdp=4", (2, 4)), ("fsdp=-1", (1, 8)), ("data=2, fsdp=-1", (2, 4)), ("data=3", (3, 1)), ("tensor=4,data=2", (2, 1))],
+    [
+        ("", (8, 1)),
+        ("data=2,fsdp=4", (2, 4)),
+        ("fsdp=-1", (1, 8)),
+        ("data=2, fsdp=-1", (2, 4)),
+        ("data=3", (3, 1)),
+        ("tensor=4,data=2", (2, 1)),
+    ],
 )
 def test_descriptions_become_meshes(description, sizes):
     mesh = make_mesh(description)
