@@ -35,6 +35,9 @@ CASES = {
 }
 METHODS = ("lora", "mor")
 LENGTH = 4096
+NOTE = f"""Rows of {LENGTH} tokens, bfloat16 base, full rematerialisation, all linear maps adapted with the methods'
+defaults, base over `fsdp`. Memory is the compiler's. Step times are roofline estimates, not measurements: the highest
+of three roofs, where the scores of attention go through memory, since no fused kernel is used."""
 
 
 def measure(case: str, method: str) -> dict:
@@ -104,13 +107,8 @@ def main() -> None:
     command = f"python experiments/benchmark/slices.py --cases {','.join(dict.fromkeys(row['case'] for row in kept))}"
     document = {"command": command, "machine": machine, "versions": versions, "rows": kept}
     path.write_text(json.dumps(document, indent=1) + "\n")
-    head = (
-        f"# Steps compiled for slices that are not there\n\n`{command}` on {machine}; "
-        + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + f".\n\nRows of {LENGTH} tokens, bfloat16 base, full rematerialisation, all linear maps adapted at the methods' "
-        "default rank, base\nover `fsdp`. Memory is the compiler's; step times are roofline estimates, not measurements "
-        "(the highest of three roofs,\nwith the scores of attention going through memory, since no fused kernel is used).\n\n"
-    )
+    numbers = ", ".join(f"{name} {version}" for name, version in versions.items())
+    head = f"# Steps compiled for slices that are not there\n\n`{command}` on {machine}; {numbers}.\n\n{NOTE}\n\n"
     (RESULTS / "slices.md").write_text(head + table(kept) + "\n")
 
 

@@ -99,7 +99,7 @@ class PlanOptions(InspectOptions):
     dtype: Literal["float32", "bfloat16"] | None = None  # of the computation; bfloat16 on a TPU, float32 on the CPU
     param_dtype: Literal["float32", "bfloat16"] | None = None  # of the frozen base; empty is dtype
     optimizer: str = "adamw"  # any optimiser of optax by name
-    loss_chunk: int = 1024  # tokens whose logits are alive at a time
+    loss_chunk: int = 1024  # tokens whose logits are alive at a time on each device
     search: bool = False  # compile mesh shapes, remat policies and micro-batches, and show the fastest plan that fits
 
 

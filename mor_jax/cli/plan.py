@@ -76,9 +76,8 @@ def readable(result: dict[str, Any]) -> dict[str, Any]:
         "collectives": [_collective(kind, own) for kind, own in result["collectives"].items()],
     }
     if "tried" in result:
-        shown["tried"] = [
-            row | {"peak_bytes_per_device": _gib(row["peak_bytes_per_device"])} for row in result["tried"]
-        ]
+        peak = "peak_bytes_per_device"
+        shown["tried"] = [row | {peak: _gib(row[peak])} for row in result["tried"]]
     notes = {name: result[name] for name in ("problem", "advice") if result[name]}
     return shown | notes
 

@@ -1,4 +1,4 @@
-"""Shapes of well-known checkpoints by name, as the fields of their `config.json`: a plan needs no weights and no files."""
+"""Shapes of well-known checkpoints by name, as the fields of their `config.json`: a plan needs no weights."""
 
 from __future__ import annotations
 

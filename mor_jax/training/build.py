@@ -22,7 +22,7 @@ from mor_jax.data import DataSource, load_examples, make_iterator, make_plan, pa
 from mor_jax.injection import Adapted, AdapterPlan, resolve_sites
 from mor_jax.models import Decoder, DecoderConfig, abstract_params, head_kernel, load_params, logical_axes, read_config
 from mor_jax.training.config import ConfigError, TrainConfig
-from mor_jax.training.mesh import check_batch, make_mesh
+from mor_jax.training.mesh import check_batch, make_mesh, row_ways
 from mor_jax.training.metrics import TargetRow
 from mor_jax.training.optimizer import make_optimizer, optimizer_bytes, plan_decay_mask
 from mor_jax.training.sharding import check_heads, param_specs, shardings_of
@@ -115,7 +115,7 @@ def build_run(config: TrainConfig, optimizer: optax.GradientTransformation | Non
     batches, eval_batches, tasks = _data(config, shape)
     params = load_params(config.model, shape, shardings_of(specs, mesh))
     adapted = Adapted(base=decoder, plan=plan)
-    loss = language_model_loss(adapted, frozen_head(plan, shape), config.loss_chunk)
+    loss = language_model_loss(adapted, frozen_head(plan, shape), config.loss_chunk * row_ways(mesh))
     return Run(config, adapted, params, mesh, specs, loss, optimizer, batches, eval_batches, tasks)
 
 

@@ -17,6 +17,8 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 _BYTES |= {"s64": 8, "u64": 8, "f64": 8, "s4": 1, "u4": 1, "f8e4m3fn": 1, "f8e5m2": 1}
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_ARRAY_AND_LAYOUT = re.compile(r"\b[a-z]\w*\[[\d,]*\](?:\{[^}]*\})?")
+_ON_CHIP = re.compile(r"\b[a-z]\w*\[[\d,]*\]\{[^}]*S\([1-9]\d*\)[^}]*\}")  # a layout that names a memory beside HBM
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _NOT_MEMORY = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"}
@@ -96,6 +98,11 @@ def type_bytes(text: str) -> int:
     for kind, shape in _ARRAY.findall(text):
         total += _BYTES.get(kind, 0) * math.prod(int(size) for size in shape.split(",") if size)
     return total
+
+
+def memory_bytes(text: str) -> int:
+    """`type_bytes` of the arrays that live in a device's main memory."""
+    return type_bytes(_ON_CHIP.sub("", text))
 
 
 def parse_computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
@@ -203,29 +210,42 @@ def _touched(computations: dict[str, list[Instruction]], instruction: Instructio
     """Bytes read and written; a slice of a stacked array counts as the slice, an update in place as the update."""
     operation = instruction.operation
     if operation in ("dynamic-slice", "slice", "gather"):
-        return 2 * type_bytes(instruction.type)
+        return 2 * memory_bytes(instruction.type)
     if operation in ("dynamic-update-slice", "scatter"):
-        return 2 * type_bytes(types.get(instruction.operands[1], "")) if len(instruction.operands) > 1 else 0
+        return 2 * memory_bytes(types.get(instruction.operands[1], "")) if len(instruction.operands) > 1 else 0
     if operation != "fusion":
-        return type_bytes(instruction.type) + sum(type_bytes(types.get(name, "")) for name in instruction.operands)
+        return memory_bytes(instruction.type) + sum(memory_bytes(types.get(name, "")) for name in instruction.operands)
     body = computations.get(_called(instruction, "calls"), [])
+    if any(inner.operation.removesuffix("-start") in COLLECTIVES for inner in body):
+        return _touched_beside_collective(instruction, types)
     read = sum(_read_by_fusion(body, index, types.get(name, "")) for index, name in enumerate(instruction.operands))
     return read + _written_by_fusion(body, instruction.type)
+
+
+def _touched_beside_collective(instruction: Instruction, types: dict[str, str]) -> int:
+    """Bytes of a fusion that also carries a collective on: its buffers pass through and are not touched here."""
+    made = _ARRAY_AND_LAYOUT.findall(instruction.type)
+    given = [array for name in instruction.operands for array in _ARRAY_AND_LAYOUT.findall(types.get(name, ""))]
+    for array in tuple(made):
+        if array in given:
+            made.remove(array)
+            given.remove(array)
+    return sum(map(memory_bytes, made + given))
 
 
 def _read_by_fusion(body: list[Instruction], index: int, operand_type: str) -> int:
     name = next((i.name for i in body if i.operation == "parameter" and f"parameter({index})" in i.text), None)
     users = [i for i in body if name in i.operands]
     if users and all(user.operation == "dynamic-slice" for user in users):
-        return sum(type_bytes(user.type) for user in users)
+        return sum(memory_bytes(user.type) for user in users)
     if users and all(user.operation == "dynamic-update-slice" and user.operands[0] == name for user in users):
         return 0
-    return type_bytes(operand_type)
+    return memory_bytes(operand_type)
 
 
 def _written_by_fusion(body: list[Instruction], output_type: str) -> int:
     updates = [i for i in body if i.operation == "dynamic-update-slice"]
     if updates and body and (body[-1].operation in ("dynamic-update-slice", "bitcast", "tuple")):
         types = {i.name: i.type for i in body}
-        return sum(type_bytes(types.get(update.operands[1], "")) for update in updates)
-    return type_bytes(output_type)
+        return sum(memory_bytes(types.get(update.operands[1], "")) for update in updates)
+    return memory_bytes(output_type)

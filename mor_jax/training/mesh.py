@@ -81,13 +81,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def row_ways(mesh: Mesh) -> int:
+    """How many parts the rows of a batch are split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
     """Returns when the rows of each micro-batch divide evenly over the devices.
 
     Raises:
       MeshError: they do not; says which batch size would.
     """
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    ways = row_ways(mesh)
     unit = ways * accumulate
     if batch_size % unit:
         split = f"{mesh.size} devices" if ways == mesh.size else f"rows split {ways} ways"

@@ -22,7 +22,7 @@ from mor_jax.models import Decoder, DecoderConfig, abstract_params
 from mor_jax.training.build import decoder_specs, frozen_head
 from mor_jax.training.config import TrainConfig
 from mor_jax.training.hlo import Traffic, count_flops, measure_traffic
-from mor_jax.training.mesh import MeshError, check_batch, make_mesh
+from mor_jax.training.mesh import MeshError, check_batch, make_mesh, row_ways
 from mor_jax.training.optimizer import make_optimizer, plan_decay_mask
 from mor_jax.training.step import Step, abstract_state, language_model_loss, make_step
 from mor_jax.training.topology import Chip, Topology
@@ -107,7 +107,7 @@ def plan_step(
     step = make_step(
         adapted,
         optimizer,
-        loss=language_model_loss(adapted, frozen_head(plan, shape), config.loss_chunk),
+        loss=language_model_loss(adapted, frozen_head(plan, shape), config.loss_chunk * row_ways(mesh)),
         accumulate=config.accumulate,
         num_tasks=1,
         constants=constants,

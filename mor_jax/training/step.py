@@ -19,11 +19,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax.linen.spmd import with_logical_constraint
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
 from mor_jax.adapters import AdapterInputs, Leaves
 from mor_jax.injection import Adapted, AdapterPlan, adapter_specs, init_leaves, init_probes, prepare_leaves
+from mor_jax.models.logical_axes import RESIDUAL
 from mor_jax.training.losses import chunked_cross_entropy, cross_entropy
 from mor_jax.training.mesh import batch_sharding, replicated
 from mor_jax.training.sharding import on_mesh, shardings_of, spread
@@ -85,7 +87,9 @@ def language_model_loss(
             logits = adapted.apply(variables, *arguments, adapter_inputs=inputs)
             return cross_entropy(logits, batch["targets"], batch["loss_mask"])
         hidden = adapted.apply(variables, *arguments, output="hidden", adapter_inputs=inputs)
+        hidden = with_logical_constraint(hidden, RESIDUAL)
         kernel = jax.lax.stop_gradient(head(variables["params"]))
+        kernel = with_logical_constraint(kernel, (None, "vocab"))  # gathered once, not in every chunk
         return chunked_cross_entropy(hidden, kernel, batch["targets"], batch["loss_mask"], chunk, softcap)
 
     return loss
