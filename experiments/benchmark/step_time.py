@@ -32,6 +32,7 @@ import mor_jax
 from mor_jax.adapters import LoRA, MoR
 from mor_jax.injection import Adapted, resolve_sites
 from mor_jax.models import Decoder, DecoderConfig, head_kernel
+from mor_jax.optim import plan_rules
 from mor_jax.training.build import build_run
 from mor_jax.training.config import TrainConfig
 from mor_jax.training.loop import run_training
@@ -96,10 +97,11 @@ def adapter_program(name: str, adapter, model: Decoder, params, batch) -> tuple[
     shape = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     plan = resolve_sites(model, adapter, LINEARS, shape)
     adapted = Adapted(base=model, plan=plan)
-    optimizer = optax.adamw(1e-4)
-    state, constants, _ = init_state(jax.random.key(1), adapted, params, optimizer)
+    rules = plan_rules(plan, total_steps=1000)
+    optimizer = rules.wrap(optax.adamw(1e-4))
+    state, constants, _ = init_state(jax.random.key(1), adapted, params, optimizer, rules=rules)
     loss = language_model_loss(adapted, lambda p: head_kernel(p, model.config))
-    step = make_step(adapted, optimizer, loss=loss, constants=constants, adapters=state.adapters)
+    step = make_step(adapted, optimizer, loss=loss, constants=constants, adapters=state.adapters, rules=rules)
     return Program(name, step.function, state, params, step.constants, batch), plan.num_params()
 
 

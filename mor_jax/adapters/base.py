@@ -7,13 +7,17 @@ Injection runs it inside a whole Flax model, merging maps it over the frozen par
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+if TYPE_CHECKING:
+    from mor_jax.adapters.rules import Event, UpdateTransform
 
 
 class NotMergeable(ValueError):
@@ -26,6 +30,30 @@ def kaiming_uniform(key: Array, fan_in: int, shape: tuple[int, ...]) -> Array:
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
+def constants_key(seed: int, *identifiers: int | Array) -> Array:
+    """A key for constants that are rebuilt instead of saved: threefry2x32 whatever the user's default generator is."""
+    key = jax.random.key(seed, impl="threefry2x32")
+    for identifier in identifiers:
+        key = jax.random.fold_in(key, identifier)
+    return key
+
+
+def rebuildable_uniform(key: Array, bound: float, shape: tuple[int, ...]) -> Array:
+    """U(-bound, bound), float32, bit-equal on every device: the only inexact operation is one multiplication."""
+    return bound * jax.random.uniform(key, shape, jnp.float32, -1.0, 1.0)
+
+
+def rebuildable_normal(key: Array, std: float, shape: tuple[int, ...]) -> Array:
+    """N(0, std^2) to a good approximation, float32, bit-equal on every device.
+
+    The sum of twelve uniform bytes, centred: whole numbers and one multiplication. ``jax.random.normal`` goes through
+    a polynomial that compilers round differently, so its values could not be compared by their checksum.
+    """
+    words = jax.random.bits(key, (*shape, 3), jnp.uint32)
+    total = sum((words >> shift) & 255 for shift in (0, 8, 16, 24)).astype(jnp.int32).sum(-1)  # pyright: ignore[reportAttributeAccessIssue]
+    return (2 * total - 12 * 255).astype(jnp.float32) * (std / (2 * 65535**0.5))
+
+
 @dataclass(frozen=True)
 class Site:
     """One linear map of a model, known statically.
@@ -35,12 +63,21 @@ class Site:
         in_features: Size of the contracted axes together.
         out_features: Size of the produced axes together.
         num_layers: How many layers the leaves are stacked over.
+        first_layer: Place in the model's depth of the first of them; 0 but for layers that are modules of their own.
+        depth: How many layers of this kind the model has; 0 stands for ``num_layers``.
     """
 
     path: str
     in_features: int
     out_features: int
     num_layers: int = 1
+    first_layer: int = 0
+    depth: int = 0
+
+    @property
+    def identifier(self) -> int:
+        """A number for the path that does not depend on the other sites, for keys."""
+        return zlib.crc32(self.path.encode()) & 0x7FFFFFFF
 
 
 class Leaves(NamedTuple):
@@ -118,6 +155,7 @@ class AdapterInputs:
         adapter_weights: Per-example weights of adapters.
         rank: The drawn rank (DyLoRA).
         noise_step: The optimiser step that noise is drawn for (HaLoRA).
+        chain: What earlier layers left for this one (ResLoRA); injection sets it, for one site at a time.
         key: Root key of this micro-batch; a site's own key is ``fold_in(key, site id)``.
         auxiliary_scale: Balance losses enter the gradient times this; None switches them off.
         deterministic: False while training with dropout.
@@ -131,6 +169,7 @@ class AdapterInputs:
     adapter_weights: Array | None = None
     rank: Array | None = None
     noise_step: Array | None = None
+    chain: Any = None
     key: Array | None = None
     auxiliary_scale: Array | None = None
     deterministic: bool = field(default=True, metadata={"static": True})
@@ -176,6 +215,21 @@ class Adapter:
         return False
 
     @property
+    def chained(self) -> bool:
+        """Whether the change also reads what earlier layers hand on (``init_chain``); its model threads a carry."""
+        return False
+
+    @property
+    def linked(self) -> bool:
+        """Whether ``link`` adds something."""
+        return False
+
+    @property
+    def merges_exactly(self) -> bool:
+        """Whether ``merge`` equals the forward pass without calibration data."""
+        return not (self.routed or self.chained)
+
+    @property
     def rule(self) -> str:
         """One word for what happens while training beside the optimiser; "" for nothing."""
         return ""
@@ -183,6 +237,36 @@ class Adapter:
     def init(self, key: Array, site: Site, layer: Array, kernel: Kernel) -> Leaves:
         """Leaves of one layer, params float32. ``layer`` is an int32 scalar and may be traced."""
         raise TypeError(f"{type(self).__name__} must define init")
+
+    def shared(self, key: Array, sites: tuple[Site, ...]) -> Leaves:
+        """Leaves that all ``sites`` of this method share, made once a model; their names differ from ``init``'s.
+
+        Every function here gets them among the leaves of a site, without a layer axis; ``prepare`` does not.
+        """
+        return Leaves({})
+
+    def link(self, leaves: Leaves) -> Leaves:
+        """Leaves of all layers of one site, layer axis first, with what each needs of the earlier layers' leaves.
+
+        Differentiable, called once a step, and the identity on its own result.
+        """
+        return leaves
+
+    def init_chain(self, site: Site, kept: tuple[int, ...], dtype: Any) -> Any:
+        """What the first layer finds in ``AdapterInputs.chain``, for x: (*kept, in) of ``dtype``."""
+        return None
+
+    def input_norm(self, leaves: Leaves, second_moment: Array) -> Array:
+        """Of a chained method, the norm of what a layer hands on, (...,), from the sum of x^T x: (..., in, in)."""
+        raise TypeError(f"{type(self).__name__} hands nothing on")
+
+    def weight_norm(self, leaves: Leaves, kernel: Kernel) -> Array:
+        """Of a chained method, the norm of each layer's merged kernel, (...,)."""
+        raise TypeError(f"{type(self).__name__} hands nothing on")
+
+    def earlier_share(self, norms: Array) -> Array:
+        """Of a chained method, the constant gate of each layer of a chain, (layers,), from the norms: (layers,)."""
+        raise TypeError(f"{type(self).__name__} hands nothing on")
 
     def delta(
         self,
@@ -192,8 +276,8 @@ class Adapter:
         kernel: Kernel,
         gates: Array | None,
         inputs: AdapterInputs,
-    ) -> Array:
-        """The change of the output, (..., out) in the dtype of ``base_output``.
+    ) -> Array | tuple[Array, Any]:
+        """The change of the output, (..., out) in the dtype of ``base_output``; with ``inputs.chain``, (change, chain).
 
         Args:
             leaves: One layer's leaves.
@@ -216,6 +300,40 @@ class Adapter:
             NotMergeable: if the gate depends on the input and ``gates: (N,)`` is not given.
         """
         raise TypeError(f"{type(self).__name__} must define merge")
+
+    def padded_params(self, site: Site) -> int:
+        """Entries of the trained leaves, with the ranks that only fill up a static shape."""
+        return self.num_params(site)
+
+    @property
+    def largest_drawn_rank(self) -> int:
+        """The largest rank that each training step may draw for ``AdapterInputs.rank``; 0 draws none."""
+        return 0
+
+    def at_rank(self, leaves: Leaves, rank: int) -> tuple[Adapter, Leaves]:
+        """A smaller method and its leaves, for one layer or a stack of them.
+
+        Raises:
+            ValueError: if the method was not trained for smaller ranks; names one that is.
+        """
+        raise ValueError(f"{self.title} has one rank only: leave --rank out, or train with dylora")
+
+    def rules(self, total_steps: int) -> tuple[UpdateTransform | Event, ...]:
+        """What happens while training for ``total_steps`` optimiser steps; sites whose rules are equal act as one."""
+        return ()
+
+    def penalty(self, leaves: Leaves) -> Array | None:
+        """A float32 scalar of one layer, weight included, whose mean over sites and layers joins the loss; or None."""
+        return None
+
+    def labels(self, params: Mapping[str, Any]) -> dict[str, str]:
+        """The group of each trained leaf; groups may have learning rates of their own."""
+        return {name: name for name in params}
+
+    @property
+    def learning_rate_ratios(self) -> Mapping[str, float]:
+        """By group, its learning rate over that of the run."""
+        return {}
 
     def input_factor(self, leaves: Leaves) -> Array | None:
         """(in, k): everything that x is multiplied with, so that sites with one x can share one matmul."""
@@ -245,7 +363,10 @@ class Adapter:
         return None
 
     def statistics(self, leaves: Leaves, x: Array, gates: Array | None, inputs: AdapterInputs) -> dict[str, Array]:
-        """Sums over the tokens of this call, float32, none 0-d; they leave the model by probe leaves."""
+        """Sums over the tokens of this call, float32, none 0-d; they leave the model by probe leaves.
+
+        A method with a gate gets what ``gate`` gets; one without (``gates`` is None) gets x itself, (..., in).
+        """
         return {}
 
     def logical_axes(self, site: Site) -> Mapping[str, tuple[str | None, ...]]:

@@ -2,6 +2,7 @@
 
 s = alpha / rank for LoRA and alpha / sqrt(rank) for rsLoRA. One factor starts at zero, so the model starts unchanged:
 b by default (the paper); ``zero="a"`` is our option, for runs that should differ less between device orders.
+LoRA+ (arXiv 2402.12354) is ``learning_rate_ratio``: b learns faster than a, 16 times in the paper.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ class LoRA(Adapter):
     rank: int = 8  # columns of a, rows of b
     alpha: float = 16.0  # numerator of the scale
     zero: Literal["a", "b"] = "b"  # which factor starts at zero
+    learning_rate_ratio: float = 1.0  # learning rate of b over that of a (LoRA+)
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field that is out of range."""
         super().__post_init__()
-        self.require_positive("rank", "alpha")
+        self.require_positive("rank", "alpha", "learning_rate_ratio")
         if self.zero not in ("a", "b"):
             raise ValueError(f"{type(self).__name__}.zero must be 'a' or 'b', got {self.zero!r}")
 
@@ -38,6 +40,11 @@ class LoRA(Adapter):
     def scale(self) -> float:
         """s."""
         return self.alpha / self.rank
+
+    @property
+    def learning_rate_ratios(self) -> dict[str, float]:
+        """For the group of b; none where it learns like a."""
+        return {} if self.learning_rate_ratio == 1 else {"b": self.learning_rate_ratio}
 
     def init(self, key: Array, site: Site, layer: Array, kernel: Kernel) -> Leaves:
         """{"a": (in, rank), "b": (rank, out)}, float32, one of them uniform in its fan-in and the other 0."""

@@ -6,16 +6,38 @@ import dataclasses
 import difflib
 from typing import Any
 
+from mor_jax.adapters.adalora import AdaLoRA
+from mor_jax.adapters.alora import ALoRA
 from mor_jax.adapters.base import Adapter
+from mor_jax.adapters.beamlora import BeamLoRA
 from mor_jax.adapters.dora import DoRA
+from mor_jax.adapters.dylora import DyLoRA
+from mor_jax.adapters.halora import HaLoRA
 from mor_jax.adapters.lora import LoRA, RsLoRA
+from mor_jax.adapters.lora_mini import LoRAMini
+from mor_jax.adapters.melora import MELoRA
 from mor_jax.adapters.mor import MoR
+from mor_jax.adapters.mora import MoRA
+from mor_jax.adapters.prilora import PRILoRA
+from mor_jax.adapters.reslora import ResLoRA
+from mor_jax.adapters.vera import VeRA
 
 METHODS: dict[str, type[Adapter]] = {
     "lora": LoRA,
     "rslora": RsLoRA,
     "dora": DoRA,
     "mor": MoR,
+    "vera": VeRA,
+    "lora_mini": LoRAMini,
+    "melora": MELoRA,
+    "mora": MoRA,
+    "halora": HaLoRA,
+    "reslora": ResLoRA,
+    "dylora": DyLoRA,
+    "prilora": PRILoRA,
+    "adalora": AdaLoRA,
+    "alora": ALoRA,
+    "beamlora": BeamLoRA,
 }
 
 

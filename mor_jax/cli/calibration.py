@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from mor_jax.cli.opening import LiveModel
-from mor_jax.data import DataError, Examples, build_row, load_examples, pack, parse_sources, stack_rows
+from mor_jax.data import DataError, Examples, build_row, load_examples, load_labelled, pack, parse_sources, stack_rows
+from mor_jax.models import EncoderConfig
 
 ROWS = 4  # of a batch
 UNNAMED = "default"  # the task of a source without a name
@@ -29,15 +30,11 @@ def merge_batches(live: LiveModel, tokenizer: Any, calibration: str, count: int)
       DataError: A record is not usable, or there are too few different examples.
     """
     assert live.train is not None
-    length, tasks = live.train.sequence_length, live.tasks or None
     texts = (calibration,) if calibration else live.train.data
-    sources = parse_sources(texts)
-    if tasks and any(source.task == UNNAMED for source in sources):
-        tasks = tuple(dict.fromkeys((*tasks, UNNAMED)))  # a plain file stands for all tasks and counts for none
-    examples = load_examples(sources, tokenizer, length, tasks=tasks)
+    examples, length = live_examples(live, tokenizer, texts)
     chosen = _different(examples)
     if live.train.eval_data and not calibration:
-        held_out = load_examples(parse_sources(live.train.eval_data), tokenizer, length, tasks=tasks)
+        held_out, _ = live_examples(live, tokenizer, live.train.eval_data)
         seen = {_content(examples, index) for index in chosen}
         unseen = [index for index in _different(held_out) if _content(held_out, index) not in seen]
         if unseen:
@@ -45,6 +42,20 @@ def merge_batches(live: LiveModel, tokenizer: Any, calibration: str, count: int)
     if len(chosen) < 2:
         raise DataError(f"{', '.join(texts)}: one example; merging needs one to fit on and another to be judged by")
     return _batches(examples, chosen[::2], length, count), _batches(examples, chosen[1::2], length, count)
+
+
+def live_examples(live: LiveModel, tokenizer: Any, texts: Sequence[str]) -> tuple[Examples, int]:
+    """The examples of the sources `texts` as the run was trained on such, and the length of its rows."""
+    assert live.train is not None
+    length, tasks = live.train.sequence_length, live.tasks or None
+    sources = parse_sources(texts)
+    if tasks and any(source.task == UNNAMED for source in sources):
+        tasks = tuple(dict.fromkeys((*tasks, UNNAMED)))  # a plain file stands for all tasks and counts for none
+    if isinstance(live.config, EncoderConfig):
+        length = min(length, live.config.max_length)
+        labels = live.config.labels
+        return load_labelled(sources, tokenizer, length, labels=labels, tasks=tasks)[0], length
+    return load_examples(sources, tokenizer, length, tasks=tasks), length
 
 
 def _content(examples: Examples, index: int) -> bytes:
@@ -67,7 +78,9 @@ def _different(examples: Examples) -> list[int]:
 
 def _batches(examples: Examples, members: Sequence[int], length: int, count: int) -> Batches:
     """Packed rows of these examples in batches of one shape; empty rows fill the last."""
-    rows = pack(examples.lengths[list(members)], length)[: count * ROWS]
+    lengths = examples.lengths[list(members)]
+    alone = [[item] for item in range(len(members))]  # a class belongs to a whole row
+    rows = (pack(lengths, length) if examples.labels is None else alone)[: count * ROWS]
     packed = [[members[item] for item in row] for row in rows]
     packed += [[]] * (-len(packed) % ROWS)
     built = [build_row(examples, np.array(row, np.int64), length) for row in packed]

@@ -1,4 +1,4 @@
-"""`mor eval`: perplexity, multiple choice and exact match on a file of held-out records."""
+"""`mor eval`: perplexity, multiple choice, classification and exact match on a file of held-out records."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mor_jax.cli.flags import UsageError
-from mor_jax.cli.opening import LiveModel, end_ids, load_tokenizer, open_model
+from mor_jax.cli.opening import LiveModel, at_rank, end_ids, load_tokenizer, open_model
 from mor_jax.cli.options import EvalOptions
 from mor_jax.data import (
     DataError,
@@ -19,11 +19,13 @@ from mor_jax.data import (
     build_row,
     encode_record,
     load_examples,
+    load_labelled,
     parse_source,
     read_records,
     stack_rows,
 )
-from mor_jax.evaluation import ChoiceQuestion, GenerationQuestion, choice, exact_match, perplexity
+from mor_jax.evaluation import ChoiceQuestion, GenerationQuestion, choice, classification, exact_match, perplexity
+from mor_jax.models import EncoderConfig
 
 
 def evaluate_command(options: EvalOptions) -> dict[str, Any]:
@@ -33,17 +35,18 @@ def evaluate_command(options: EvalOptions) -> dict[str, Any]:
       UsageError: an option is out of range, or the task is not built yet.
       DataError: a record is not usable for the task; names file and line.
     """
-    if options.task == "classification":
-        raise UsageError("--task classification is not built yet; use perplexity, choice or generation")
     for name in ("batch_size", "max_new_tokens"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
     if options.sequence_length < 2:
         raise UsageError(f"--sequence-length must be at least 2, got {options.sequence_length}")
     source = parse_source(options.data)
-    model = open_model(options.model, options.dtype)
+    model = at_rank(open_model(options.model, options.dtype), options.rank)
     tokenizer = load_tokenizer(model.directory)
-    measure = {"perplexity": _perplexity, "choice": _choice, "generation": _generation}[options.task]
+    if options.task != "classification":
+        model.require_decoder(f"--task {options.task}")
+    measures = {"perplexity": _perplexity, "choice": _choice, "generation": _generation}
+    measure = measures.get(options.task, _classification)
     return {"metrics": measure(model, tokenizer, source, options), "task": options.task, "data": options.data}
 
 
@@ -64,6 +67,18 @@ def _example_batches(
         members = [[n] if n < count else [] for n in range(start, start + options.batch_size)]
         batch = stack_rows([build_row(examples, np.array(each, np.int64), length) for each in members])
         yield {**batch, "task_ids": np.full_like(batch["task_ids"], task)}
+
+
+def _classification(model: LiveModel, tokenizer: Any, source: DataSource, options: EvalOptions) -> dict[str, float]:
+    config = model.config
+    if not isinstance(config, EncoderConfig) or config.head == "none":
+        raise UsageError(f"{options.model} has no classification head; give a classifier, or a run that trained one")
+    length = min(options.sequence_length, config.max_length)
+    examples, _ = load_labelled([source], tokenizer, length, labels=config.labels)
+    task = model.tasks.index(source.task) if source.task in model.tasks else 0
+    count = min(len(examples), options.limit or len(examples))
+    metrics = classification(model.logits_fn(), _example_batches(examples, count, task, options), config.labels)
+    return metrics | {"truncated": float(examples.truncated)}
 
 
 def _records(source: DataSource, limit: int) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -9,12 +9,12 @@ from typing import Any
 from mor_jax.adapters import Leaves
 from mor_jax.cli.flags import UsageError
 from mor_jax.cli.merge import check_gates, check_output, merged_model, report_summary, run_batches, run_call
-from mor_jax.cli.opening import LiveModel, open_run
+from mor_jax.cli.opening import LiveModel, at_rank, open_run
 from mor_jax.cli.options import ExportOptions
 from mor_jax.export import Verification, export_hf, export_peft, verify_adapter, verify_export, verify_peft
 from mor_jax.injection import AdapterPlan
 from mor_jax.merging import FidelityReport, least_squares, measure_fidelity, merge, refactor
-from mor_jax.models import Decoder
+from mor_jax.models import make_model
 
 REFACTORING = ("least_squares", "sequential")
 
@@ -32,6 +32,8 @@ def export_command(options: ExportOptions) -> dict[str, Any]:
     if options.rank < 0:
         raise UsageError(f"--rank must not be negative, got {options.rank}")
     live = open_run(options.run)
+    imitated = options.format == "peft" and any(a.adapter.routed for a in live.plan.sites) if live.plan else False
+    live = live if imitated else at_rank(live, options.rank)
     check_gates(options.gates, live.tasks)
     write = {"hf": _export_hf, "peft": _export_peft, "safetensors": _export_adapter}[options.format]
     found, report = write(live, options, output)
@@ -93,7 +95,7 @@ def _plain_adapter(live: LiveModel, options: ExportOptions) -> tuple[AdapterPlan
     for site in (adapted.site for adapted in routed):
         if rank > min(site.in_features, site.out_features):
             raise UsageError(f"--rank {rank}: {site.path} has only {min(site.in_features, site.out_features)} ranks")
-    model, call = Decoder(live.config), run_call(live)
+    model, call = make_model(live.config), run_call(live)
     calibration, held_out = run_batches(live, options)
     sequential = options.gates == "sequential"
     found = least_squares(model, live.params, live.leaves, live.plan, calibration, call=call, sequential=sequential)

@@ -46,6 +46,7 @@ def generate_command(options: GenerateOptions) -> dict[str, Any]:
     if not 0 < options.top_p <= 1:
         raise UsageError(f"--top-p must be in (0, 1], got {options.top_p}")
     model = open_model(options.model, options.dtype)
+    model.require_decoder("mor generate")
     tokenizer = load_tokenizer(model.directory)
     prompt = prompt_tokens(options, tokenizer)
     ends = end_ids(model.directory, tokenizer)

@@ -37,7 +37,7 @@ def methods_command() -> list[dict[str, Any]]:
                 if adapter.num_gates
                 else "none",
                 "rule": adapter.rule or "none",
-                "merge": f"approximate: {APPROXIMATIONS}" if adapter.routed else "exact",
+                "merge": f"approximate: {APPROXIMATIONS}" if not adapter.merges_exactly else "exact",
                 "parameters": fields,
             }
         )
@@ -57,7 +57,7 @@ def inspect_command(options: InspectOptions) -> dict[str, Any]:
     import jax.numpy as jnp
 
     from mor_jax.injection import resolve_sites
-    from mor_jax.models import Decoder, abstract_params
+    from mor_jax.models import abstract_params, make_model
     from mor_jax.models.hf import read_config
     from mor_jax.training.config import config_from_mapping
 
@@ -68,12 +68,17 @@ def inspect_command(options: InspectOptions) -> dict[str, Any]:
     example = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     overrides, modules = chosen.override_adapters(), chosen.trained_modules
     plan = resolve_sites(
-        Decoder(model), chosen.adapter(), chosen.target_modules, example, overrides=overrides, trained_modules=modules
+        make_model(model),
+        chosen.adapter(),
+        chosen.target_modules,
+        example,
+        overrides=overrides,
+        trained_modules=modules,
     )
     shapes = abstract_params(model)
     trainable = plan.num_params()
     replaced = sum(size for _, size in plan.trained_shapes)
-    mergeable = not any(adapted.adapter.routed for adapted in plan.sites)
+    mergeable = all(adapted.adapter.merges_exactly for adapted in plan.sites)
     return {
         "model": str(options.model),
         "method": options.method,
@@ -106,7 +111,7 @@ def _site(adapted: Any) -> dict[str, Any]:
         "rank": getattr(adapter, "rank", None),
         "trainable_parameters": adapter.num_params(site),
         "frozen_parameters": site.num_layers * site.in_features * site.out_features,
-        "mergeable": "approximate" if adapter.routed else "exact",
+        "mergeable": "approximate" if not adapter.merges_exactly else "exact",
     }
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from mor_jax.cli.calibration import Batches, merge_batches
 from mor_jax.cli.flags import UsageError
-from mor_jax.cli.opening import LiveModel, load_tokenizer, open_run
+from mor_jax.cli.opening import LiveModel, at_rank, load_tokenizer, open_run
 from mor_jax.cli.options import ExportOptions, MergeOptions
 from mor_jax.data import DataError
 from mor_jax.export import export_hf, probe_tokens
 from mor_jax.merging import MERGES, FidelityReport, ModelCall, language_model_call, merge_routed
-from mor_jax.models import Decoder
+from mor_jax.models import make_model
 
 
 def check_output(directory: str) -> Path:
@@ -31,7 +31,7 @@ def check_output(directory: str) -> Path:
 
 
 def run_call(live: LiveModel) -> ModelCall:
-    """How the run's decoder is called on a batch, its tasks told apart."""
+    """How the run's model is called on a batch, its tasks told apart."""
     return functools.partial(language_model_call, num_tasks=len(live.tasks))
 
 
@@ -51,7 +51,7 @@ def run_batches(live: LiveModel, options: MergeOptions | ExportOptions) -> tuple
     try:
         return merge_batches(live, tokenizer, options.calibration, options.batches)
     except DataError as error:
-        if options.calibration or any(adapted.adapter.routed for adapted in live.plan.sites):
+        if options.calibration or not all(adapted.adapter.merges_exactly for adapted in live.plan.sites):
             raise
         print(f"mor: {error}; the merge is exact, so random tokens are compared instead", file=sys.stderr)
         return [], [{"input_ids": probe_tokens(live.config)}]
@@ -63,7 +63,7 @@ def merged_model(live: LiveModel, options: MergeOptions | ExportOptions) -> tupl
     assert live.leaves is not None
     calibration, held_out = run_batches(live, options)
     return merge_routed(
-        Decoder(live.config),
+        make_model(live.config),
         live.params,
         live.leaves,
         live.plan,
@@ -97,7 +97,7 @@ def merge_command(options: MergeOptions) -> dict[str, Any]:
       UsageError, DataError, ModelFileError: bad input; nothing has been written.
     """
     output = check_output(options.output_dir)
-    live = open_run(options.run)
+    live = at_rank(open_run(options.run), options.rank)
     check_gates(options.gates, live.tasks)
     merged, report = merged_model(live, options)
     export_hf(merged, live.config, output, source_dir=live.directory, report=report)

@@ -15,8 +15,8 @@ import numpy as np
 
 from mor_jax.adapters import AdapterInputs, Leaves
 from mor_jax.cli.flags import UsageError
-from mor_jax.injection import Adapted, AdapterPlan
-from mor_jax.models import Decoder, DecoderConfig
+from mor_jax.injection import Adapted, AdapterPlan, cut_to_rank
+from mor_jax.models import DecoderConfig, EncoderConfig, ModelConfig, make_model
 from mor_jax.models.generation import CachedForward, generate
 from mor_jax.models.hf import load_params, read_config
 from mor_jax.training.config import TrainConfig, load_config
@@ -38,7 +38,7 @@ class LiveModel:
     """
 
     directory: Path
-    config: DecoderConfig
+    config: ModelConfig
     params: dict
     run: Path | None = None
     train: TrainConfig | None = None
@@ -48,9 +48,9 @@ class LiveModel:
 
     @property
     def module(self) -> nn.Module:
-        """The decoder, with its adapters where there are some."""
-        decoder = Decoder(self.config)
-        return decoder if self.plan is None else Adapted(base=decoder, plan=self.plan)
+        """The decoder or encoder, with its adapters where there are some."""
+        model = make_model(self.config)
+        return model if self.plan is None else Adapted(base=model, plan=self.plan)
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -65,13 +65,19 @@ class LiveModel:
         """The names of the tasks that the adapter was trained on, in the order of their ids."""
         return tuple(self.metadata.get("tasks", ()))
 
+    def require_decoder(self, what: str) -> None:
+        """Raises UsageError unless the model predicts next tokens, as `what` needs."""
+        if isinstance(self.config, EncoderConfig):
+            raise UsageError(f"{self.directory} is a {self.config.model_type} encoder: {what} needs a decoder")
+
     def logits_fn(self) -> Callable[[Mapping[str, np.ndarray]], jax.Array]:
-        """Batch -> next-token logits (B, S, V), compiled once for each shape."""
+        """Batch -> next-token logits (B, S, V), or a classifier's (B, classes); compiled once for each shape."""
         module, adapted = self.module, self.plan is not None
 
         @jax.jit
         def run(variables: dict, batch: dict) -> jax.Array:
             extra: dict[str, Any] = {"adapter_inputs": adapter_inputs(batch)} if adapted else {}
+            extra |= {name: batch[name] for name in ("token_type_ids",) if name in batch}
             logits: Any = module.apply(variables, batch["input_ids"], batch["positions"], batch["segment_ids"], **extra)
             return logits
 
@@ -82,11 +88,14 @@ class LiveModel:
         """(prompts (B, S) left-padded, mask (B, S)) -> new tokens (B, T); `options` are those of `generate`."""
         from mor_jax.models import init_cache
 
+        self.require_decoder("generation")
+        config = self.config
+        assert isinstance(config, DecoderConfig)
         apply_fn, variables = CachedForward(self.module), self.variables
 
         def run(prompts: np.ndarray, mask: np.ndarray) -> np.ndarray:
             rows, length = prompts.shape
-            cache = init_cache(self.config, rows, length + options["max_new_tokens"])
+            cache = init_cache(config, rows, length + options["max_new_tokens"])
             tokens = jnp.asarray(prompts), jnp.asarray(mask)
             return np.asarray(generate(apply_fn, variables, cache, *tokens, eos_ids=eos_ids, pad_id=pad_id, **options))
 
@@ -120,9 +129,27 @@ def open_model(path: str | Path, dtype: str | None = None) -> LiveModel:
     return LiveModel(directory=path, config=config, params=load_params(path, config))
 
 
+def at_rank(live: LiveModel, rank: int) -> LiveModel:
+    """The run with its adapter cut to a rank that it was trained for; 0 leaves it as it is.
+
+    Raises:
+      UsageError: there is no adapter, or its method does not allow the rank.
+    """
+    if not rank:
+        return live
+    if live.plan is None or live.leaves is None:
+        raise UsageError(f"--rank {rank}: {live.directory} has no adapter; give the run folder of `mor train`")
+    try:
+        plan, leaves = cut_to_rank(live.plan, live.leaves, rank)
+    except ValueError as error:
+        raise UsageError(f"--rank {rank}: {error}") from error
+    return dataclasses.replace(live, plan=plan, leaves=leaves)
+
+
 def open_run(path: str | Path, dtype: str | None = None) -> LiveModel:
     """The base of a run with its trained adapter; raises as `open_model`."""
     from mor_jax.training.adapter_file import load_adapter
+    from mor_jax.training.classification import classifier_config, load_base
 
     run = Path(path)
     if not (run / "config.yaml").is_file():
@@ -131,11 +158,12 @@ def open_run(path: str | Path, dtype: str | None = None) -> LiveModel:
         raise UsageError(f"{run}: has no adapter/ yet; finish the run with `mor train {run}/config.yaml --resume`")
     train = load_config(run / "config.yaml")
     stored = train.param_dtype or train.dtype  # as it was trained on, whatever it is computed in now
-    config = read_config(train.model)
-    config = dataclasses.replace(config, dtype=dtype or train.dtype, param_dtype=stored, scan_layers=train.scan_layers)
-    params = load_params(train.model, config)
+    base = read_config(train.model)
+    base = dataclasses.replace(base, dtype=dtype or train.dtype, param_dtype=stored, scan_layers=train.scan_layers)
+    config = classifier_config(base, train.labels) if isinstance(base, EncoderConfig) and train.labels else base
+    params = load_base(train, base, config)
     example = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    plan, leaves, metadata = load_adapter(run / "adapter", Decoder(config), params, example)
+    plan, leaves, metadata = load_adapter(run / "adapter", make_model(config), params, example)
     return LiveModel(Path(train.model), config, params, run, train, plan, leaves, metadata)
 
 

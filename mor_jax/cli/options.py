@@ -19,12 +19,13 @@ class EvalOptions:
     """Options of `mor eval`."""
 
     model: str  # Hugging Face directory, or the run folder of `mor train`
-    data: str  # records: text, prompt + completion, messages; for choice: prompt, options, answer
+    data: str  # records; for choice prompt, options, answer; for classification text or sentence1 and 2, label
     task: Literal["perplexity", "choice", "classification", "generation"] = "perplexity"  # what is measured
     batch_size: int = 4  # rows at once
     sequence_length: int = 512  # longest row in tokens
     max_new_tokens: int = 64  # generation only
     limit: int = 0  # records that are read; 0 reads all
+    rank: int = 0  # of an adapter trained for all smaller ranks (dylora); 0 takes its own
     dtype: Literal["float32", "bfloat16"] | None = None  # of the computation; the run's own, or float32
 
 
@@ -52,6 +53,7 @@ class MergeOptions:
     gates: str = ""  # least_squares, sequential, mean or task:NAME, if gates read the input; empty: the best measured
     calibration: str = ""  # records that approximations are fitted on; empty takes the run's training data
     batches: int = 8  # calibration batches, and as many to measure fidelity on
+    rank: int = 0  # of an adapter trained for all smaller ranks (dylora); 0 takes its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,7 @@ class ExportOptions:
     output_dir: str  # folder to be made
     format: Literal["hf", "peft", "safetensors"] = "hf"  # merged model, PEFT adapter, or our adapter alone
     verify: bool = False  # load it in transformers or PEFT where torch is installed and compare logits in float32
-    rank: int = 0  # peft: of the LoRA that stands for gates that read the input; 0 takes the adapter's own rank
+    rank: int = 0  # as in `mor merge`; peft: of the LoRA that stands for gates that read the input; 0 takes its own
     gates: str = ""  # as in `mor merge`; peft: least_squares or sequential
     calibration: str = ""  # as in `mor merge`
     batches: int = 8  # as in `mor merge`

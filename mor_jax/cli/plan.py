@@ -24,16 +24,19 @@ def plan_command(options: PlanOptions) -> dict[str, Any]:
     from mor_jax.training.topology import load_topology, parse_topology, prepare_environment
 
     prepare_environment(options.topology)  # before jax reads the environment
-    from mor_jax.models import known_config
-    from mor_jax.training.config import TrainConfig, config_from_mapping
+    from mor_jax.models import DecoderConfig, known_config
+    from mor_jax.training.config import ConfigError, TrainConfig, config_from_mapping
     from mor_jax.training.plan import advice, forecast, search
 
     fields = {field.name for field in dataclasses.fields(TrainConfig)} - {"model"}
     given = {name: value for name, value in vars(options).items() if name in fields and value is not None}
     on_cpu = parse_topology(options.topology)[0] == "cpu"
     config = config_from_mapping({"dtype": "float32" if on_cpu else "bfloat16"} | given, "command line")
+    stored = known_config(options.model)
+    if not isinstance(stored, DecoderConfig):
+        raise ConfigError(f"model={options.model!r} is an encoder: only steps of causal decoders are planned")
     shape = dataclasses.replace(
-        known_config(options.model),
+        stored,
         dtype=config.dtype,
         param_dtype=config.param_dtype or config.dtype,
         scan_layers=config.scan_layers,

@@ -1,5 +1,6 @@
 """Files and datasets to packed, resumable batches."""
 
+from mor_jax.data.classification import load_labelled
 from mor_jax.data.examples import OVERLONG, Examples, SourceCounts, load_examples
 from mor_jax.data.iterator import BATCH_FIELDS, Batch, BatchIterator, build_row, make_iterator, single_pass, stack_rows
 from mor_jax.data.packing import MODES, EpochRows, PackingPlan, make_plan, pack
@@ -24,6 +25,7 @@ __all__ = [
     "encode_messages",
     "encode_record",
     "load_examples",
+    "load_labelled",
     "make_iterator",
     "make_plan",
     "pack",

@@ -53,6 +53,8 @@ class Examples:
       sources: The files and datasets of the mixture.
       tasks: Names of the tasks, in the order of their ids.
       counts: What was read, truncated and left out, for each source.
+      labels: (N,) int32, the class of each example where a class is to be learned, else None.
+      second_starts: (N,) int32, tokens before the second text of a pair (all of them without one); None without labels.
     """
 
     tokens: np.ndarray
@@ -64,6 +66,8 @@ class Examples:
     sources: tuple[DataSource, ...]
     tasks: tuple[str, ...]
     counts: tuple[SourceCounts, ...]
+    labels: np.ndarray | None = None
+    second_starts: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -97,7 +101,8 @@ class Examples:
     def fingerprint(self) -> str:
         """SHA-256 of all that a batch can show: tokens, masks, prompts, sources, tasks."""
         digest = hashlib.sha256("\0".join(self.tasks).encode())
-        for array in (self.tokens, self.learned, self.offsets, self.prompt_lengths, self.source_ids, self.task_ids):
+        arrays = (self.tokens, self.learned, self.offsets, self.prompt_lengths, self.source_ids, self.task_ids)
+        for array in (*arrays, *(own for own in (self.labels, self.second_starts) if own is not None)):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 

@@ -25,15 +25,22 @@ def build_row(examples: Examples, members: np.ndarray, row_length: int) -> Batch
 
     `input_ids`; `targets`, the next token of the same segment (0 after its last); `loss_mask`, 1 where that target is
     to be learned; `segment_ids` from 1; `positions` from 0 in each segment; `task_ids`; `prompt_mask`, 1 on the prompt.
+    Of labelled examples the target of each first token is its example's class and no other is learned; beside it come
+    `token_type_ids`, 1 on the second text of a pair.
     """
-    row = {field: np.zeros(row_length, np.int32) for field in BATCH_FIELDS}
+    fields = BATCH_FIELDS if examples.labels is None else (*BATCH_FIELDS, "token_type_ids")
+    row = {field: np.zeros(row_length, np.int32) for field in fields}
     start = 0
     for segment, member in enumerate(members, 1):
         first, last = examples.offsets[member], examples.offsets[member + 1]
         end = start + int(last - first)
         row["input_ids"][start:end] = examples.tokens[first:last]
-        row["targets"][start : end - 1] = examples.tokens[first + 1 : last]
-        row["loss_mask"][start : end - 1] = examples.learned[first + 1 : last]
+        if examples.labels is None or examples.second_starts is None:
+            row["targets"][start : end - 1] = examples.tokens[first + 1 : last]
+            row["loss_mask"][start : end - 1] = examples.learned[first + 1 : last]
+        else:
+            row["targets"][start], row["loss_mask"][start] = examples.labels[member], 1
+            row["token_type_ids"][start + examples.second_starts[member] : end] = 1
         row["segment_ids"][start:end] = segment
         row["positions"][start:end] = np.arange(end - start)
         row["task_ids"][start:end] = examples.task_ids[member]
@@ -44,7 +51,7 @@ def build_row(examples: Examples, members: np.ndarray, row_length: int) -> Batch
 
 def stack_rows(rows: list[Batch]) -> Batch:
     """The rows as one batch of (B, S) int32 arrays."""
-    return {field: np.stack([row[field] for row in rows]) for field in BATCH_FIELDS}
+    return {field: np.stack([row[field] for row in rows]) for field in rows[0]}
 
 
 class BatchIterator(grain.DatasetIterator):

@@ -1,6 +1,7 @@
-"""Held-out measures: perplexity, multiple choice by likelihood, exact match of generated text."""
+"""Held-out measures: perplexity, multiple choice by likelihood, classification, exact match of generated text."""
 
 from mor_jax.evaluation.choice import ChoiceQuestion, choice, choice_batches
+from mor_jax.evaluation.classification import classification
 from mor_jax.evaluation.generation import GenerationQuestion, exact_match, left_padded
 from mor_jax.evaluation.perplexity import perplexity, target_log_likelihood
 
@@ -9,6 +10,7 @@ __all__ = [
     "GenerationQuestion",
     "choice",
     "choice_batches",
+    "classification",
     "exact_match",
     "left_padded",
     "perplexity",

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from mor_jax.merging import FidelityReport
-from mor_jax.models import DecoderConfig, save_params
+from mor_jax.models import ModelConfig, save_params
 from mor_jax.training.integrity import write_manifest
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -14,7 +14,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 def export_hf(
     params: dict,
-    config: DecoderConfig,
+    config: ModelConfig,
     directory: str | os.PathLike,
     *,
     source_dir: str | os.PathLike | None = None,

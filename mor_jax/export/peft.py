@@ -25,8 +25,8 @@ from safetensors.numpy import load_file, save_file
 from mor_jax.adapters import Adapter, DoRA, Leaves, LoRA, RsLoRA
 from mor_jax.injection import AdapterPlan
 from mor_jax.merging import FidelityReport
-from mor_jax.models import DecoderConfig
-from mor_jax.models.hf import TensorEntry, tensor_table
+from mor_jax.models import DecoderConfig, EncoderConfig, ModelConfig
+from mor_jax.models.tensors import TensorEntry, tensor_table
 from mor_jax.training.integrity import write_manifest
 
 CONFIG = "adapter_config.json"
@@ -55,7 +55,7 @@ class _Entry:
 def export_peft(
     plan: AdapterPlan,
     leaves: Leaves,
-    config: DecoderConfig,
+    config: ModelConfig,
     directory: str | os.PathLike,
     *,
     base_model: str | os.PathLike = "",
@@ -99,7 +99,7 @@ def export_peft(
     return target
 
 
-def read_peft(directory: str | os.PathLike, config: DecoderConfig, plan: AdapterPlan, like: Leaves) -> Leaves:
+def read_peft(directory: str | os.PathLike, config: ModelConfig, plan: AdapterPlan, like: Leaves) -> Leaves:
     """The leaves in a folder of `export_peft`; `like` has their structure and the leaves that PEFT does not hold."""
     tensors = load_file(Path(directory) / WEIGHTS)
     params = _empty(like.params)
@@ -125,7 +125,7 @@ def _as_jax(tree: Any) -> Any:
     return {k: _as_jax(v) for k, v in tree.items()} if isinstance(tree, dict) else jnp.asarray(tree)
 
 
-def peft_config(plan: AdapterPlan, config: DecoderConfig, *, base_model: str | os.PathLike = "") -> dict[str, Any]:
+def peft_config(plan: AdapterPlan, config: ModelConfig, *, base_model: str | os.PathLike = "") -> dict[str, Any]:
     """The fields of `adapter_config.json`.
 
     Raises:
@@ -139,7 +139,7 @@ def peft_config(plan: AdapterPlan, config: DecoderConfig, *, base_model: str | o
     own = {name: _rank_alpha(method, rs) for name, method in modules.items()}
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if isinstance(config, EncoderConfig) else "CAUSAL_LM",
         "base_model_name_or_path": str(base_model) or None,
         "r": rank,
         "lora_alpha": alpha,
@@ -196,14 +196,15 @@ def _trained_entries(table: list[TensorEntry], path: str) -> list[TensorEntry]:
     return [entry for entry in table if entry.path[: len(parts)] == parts]
 
 
-def _trained_names(table: list[TensorEntry], plan: AdapterPlan, config: DecoderConfig) -> list[str]:
-    if "embed_tokens" in plan.trained_modules and config.tie_word_embeddings:
+def _trained_names(table: list[TensorEntry], plan: AdapterPlan, config: ModelConfig) -> list[str]:
+    tied = isinstance(config, DecoderConfig) and config.tie_word_embeddings
+    if "embed_tokens" in plan.trained_modules and tied:
         raise ExportError("embed_tokens: is the output head too, which PEFT would leave as it was; use --format hf")
     entries = [entry for path in plan.trained_modules for entry in _trained_entries(table, path)]
     return sorted({entry.name.rsplit(".", 1)[0] for entry in entries})
 
 
-def _entries(plan: AdapterPlan, config: DecoderConfig) -> list[_Entry]:
+def _entries(plan: AdapterPlan, config: ModelConfig) -> list[_Entry]:
     table = tensor_table(config)
     found = []
     for adapted in plan.sites:

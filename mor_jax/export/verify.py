@@ -10,7 +10,6 @@ import dataclasses
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +21,7 @@ import numpy as np
 from mor_jax.adapters import Leaves
 from mor_jax.export.peft import read_peft
 from mor_jax.injection import Adapted, AdapterPlan
-from mor_jax.models import Decoder, DecoderConfig, load_params
+from mor_jax.models import EncoderConfig, ModelConfig, load_params, make_model
 from mor_jax.training.adapter_file import load_adapter
 
 TOLERANCE = 1e-4  # of a logit: float32 rounding of two implementations that add in different orders
@@ -52,20 +51,23 @@ def torch_installed(*libraries: str) -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("torch", *libraries))
 
 
-def probe_tokens(config: DecoderConfig, rows: int = 2, length: int = 32) -> np.ndarray:
+def probe_tokens(config: ModelConfig, rows: int = 2, length: int = 32) -> np.ndarray:
     """Token rows (rows, length) int32 over the whole vocabulary, the same ones each time."""
-    return np.random.default_rng(0).integers(0, config.vocab_size, (rows, length)).astype(np.int32)
+    first = 0
+    if isinstance(config, EncoderConfig):  # the padding token would move the positions of the others
+        first, length = config.position_offset, min(length, config.max_length)
+    return np.random.default_rng(0).integers(first, config.vocab_size, (rows, length)).astype(np.int32)
 
 
 def live_logits(
     params: dict,
-    config: DecoderConfig,
+    config: ModelConfig,
     tokens: np.ndarray,
     plan: AdapterPlan | None = None,
     leaves: Leaves | None = None,
 ) -> np.ndarray:
     """Logits (B, S, V) computed in float32, of a plain model or of one with adapters."""
-    model = Decoder(dataclasses.replace(config, dtype="float32"))
+    model = make_model(dataclasses.replace(config, dtype="float32"))
     if plan is None or leaves is None:
         return np.asarray(jax.jit(model.apply)({"params": params}, jnp.asarray(tokens)))
     own = {"adapters": leaves.params, "adapter_state": leaves.state, "adapter_constants": leaves.constants}
@@ -75,7 +77,7 @@ def live_logits(
 def verify_export(
     directory: str | os.PathLike,
     params: dict,
-    config: DecoderConfig,
+    config: ModelConfig,
     *,
     tokens: np.ndarray | None = None,
     tolerance: float = TOLERANCE,
@@ -98,7 +100,7 @@ def verify_export(
     tokens = probe_tokens(config) if tokens is None else np.asarray(tokens)
     chosen = _chosen(reader, torch_installed())
     if chosen == "transformers":
-        found = _torch_logits(_load_torch(Path(directory)), tokens)
+        found = _torch_logits(_load_torch(Path(directory), config), tokens)
     else:
         stored = load_params(directory, config, dtype=jax.tree.leaves(params)[0].dtype)
         found = live_logits(stored, config, tokens)
@@ -109,7 +111,7 @@ def verify_peft(
     directory: str | os.PathLike,
     base_dir: str | os.PathLike,
     params: dict,
-    config: DecoderConfig,
+    config: ModelConfig,
     plan: AdapterPlan,
     leaves: Leaves,
     *,
@@ -136,7 +138,7 @@ def verify_peft(
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property that was renamed
-            model = PeftModel.from_pretrained(_load_torch(Path(base_dir)), str(directory))
+            model = PeftModel.from_pretrained(_load_torch(Path(base_dir), config), str(directory))
         found, name = _torch_logits(model, tokens), "peft"
     else:
         found, name = live_logits(params, config, tokens, plan, read_peft(directory, config, plan, leaves)), "mor_jax"
@@ -146,7 +148,7 @@ def verify_peft(
 def verify_adapter(
     directory: str | os.PathLike,
     params: dict,
-    config: DecoderConfig,
+    config: ModelConfig,
     plan: AdapterPlan,
     leaves: Leaves,
     *,
@@ -160,7 +162,7 @@ def verify_adapter(
     """
     tokens = probe_tokens(config) if tokens is None else np.asarray(tokens)
     example = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    found_plan, found, _ = load_adapter(Path(directory), Decoder(config), params, example)
+    found_plan, found, _ = load_adapter(Path(directory), make_model(config), params, example)
     stored = live_logits(params, config, tokens, found_plan, found)
     return _compare(stored, live_logits(params, config, tokens, plan, leaves), tolerance, "mor_jax")
 
@@ -171,18 +173,22 @@ def _chosen(reader: Reader, torch_there: bool) -> Reader:
     return "transformers" if torch_there else "mor_jax"
 
 
-def _load_torch(directory: Path) -> Any:
+def _load_torch(directory: Path, config: ModelConfig) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    return AutoModelForCausalLM.from_pretrained(str(directory), dtype=torch.float32, trust_remote_code=False)
+    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
+    if not isinstance(config, EncoderConfig):
+        return AutoModelForCausalLM.from_pretrained(str(directory), **options)
+    names = dict(enumerate(config.labels))  # a base without a head gets a fresh one, which an adapter replaces
+    return AutoModelForSequenceClassification.from_pretrained(str(directory), id2label=names, **options)
 
 
-def _torch_logits(model: Callable[..., Any], tokens: np.ndarray) -> np.ndarray:
+def _torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
     import torch
 
     with torch.inference_mode():
-        return model(torch.as_tensor(tokens.astype(np.int64))).logits.float().numpy()
+        return model.eval()(torch.as_tensor(tokens.astype(np.int64))).logits.float().numpy()
 
 
 def _compare(found: np.ndarray, expected: np.ndarray, tolerance: float, reader: str) -> Verification:

@@ -8,6 +8,7 @@ from mor_jax.injection.leaves import (
     init_leaves,
     init_probes,
     join,
+    link_leaves,
     over_layers,
     prepare_leaves,
     replace_site_kernels,
@@ -15,6 +16,7 @@ from mor_jax.injection.leaves import (
 )
 from mor_jax.injection.linear import DEFAULT_KINDS, Contraction, LinearKind
 from mor_jax.injection.plan import AdaptedSite, AdapterPlan, get_path, resolve_sites
+from mor_jax.injection.ranks import cut_to_rank
 from mor_jax.injection.targets import ALL_LINEAR, InjectionError
 
 __all__ = [
@@ -28,11 +30,13 @@ __all__ = [
     "LinearKind",
     "adapter_specs",
     "count_bytes",
+    "cut_to_rank",
     "gate_shape",
     "get_path",
     "init_leaves",
     "init_probes",
     "join",
+    "link_leaves",
     "over_layers",
     "prepare_leaves",
     "replace_site_kernels",

@@ -19,7 +19,8 @@ from flax.core import meta
 from jax import Array
 
 from mor_jax.adapters import Adapter, AdapterInputs, Kernel, Leaves
-from mor_jax.injection.leaves import RESERVED, init_leaves, join, prepare_leaves, site_id
+from mor_jax.injection.chain import carried_chain, initial_chain, replace_chain
+from mor_jax.injection.leaves import RESERVED, init_leaves, join, prepare_leaves, site_id, site_leaves, with_shared
 from mor_jax.injection.linear import Contraction, find_kind
 from mor_jax.injection.plan import AdaptedSite, AdapterPlan, first_argument, resolve_sites
 from mor_jax.injection.targets import InjectionError
@@ -48,10 +49,12 @@ add_gradient.defvjp(lambda carrier, gradient: (carrier, gradient), lambda gradie
 
 @dataclass
 class _Call:
-    """What one traced run of the base keeps: open block gates and the last shared matmul of each group."""
+    """What one traced run of the base keeps: open block gates, chains, and the last shared matmul of each group."""
 
     plan: AdapterPlan
     inputs: AdapterInputs
+    common: dict[str, Leaves] = field(default_factory=dict)
+    chains: list[dict[str, Any]] = field(default_factory=list)
     visited: set[str] = field(default_factory=set)
     gates: list[tuple[str, Array]] = field(default_factory=list)
     shared: dict[tuple[str, ...], tuple[Array, Any, dict[str, Array]]] = field(default_factory=dict)
@@ -61,6 +64,18 @@ class _Call:
         module = context.module
         if context.method_name != "__call__":
             return next_fun(*args, **kwargs)
+        chain = carried_chain(args[0]) if args else None
+        if chain is None:
+            return self._run(module, next_fun, args, kwargs)
+        self.chains.append(dict(chain.sites))
+        try:
+            output = self._run(module, next_fun, args, kwargs)
+        finally:
+            sites = self.chains.pop()
+        changed = any(value is not chain.sites[name] for name, value in sites.items())
+        return replace_chain(output, sites) if changed else output  # a remat wrapper leaves it to the block inside
+
+    def _run(self, module: nn.Module, next_fun, args, kwargs):
         path = "/".join(module.path)
         if path in self.plan.gates and module.has_variable("params", RESERVED):
             return self._run_block(path, module, next_fun, args, kwargs)
@@ -74,16 +89,24 @@ class _Call:
         bundle = module.get_variable("params", RESERVED)
         leaves = Leaves(bundle["params"])
         adapted, h = self.plan.gates[path], first_argument(args, kwargs)
-        gates = adapted.adapter.gate(leaves, h, self.inputs)
-        self.gates.append((path, self._watch(adapted.adapter, leaves, h, gates, bundle["probes"])))
+        inputs = _inputs_of(h, self.inputs)
+        gates = adapted.adapter.gate(leaves, h, inputs)
+        self.gates.append((path, self._watch(adapted.adapter, leaves, h, gates, bundle["probes"], inputs)))
         try:
             return next_fun(*args, **kwargs)
         finally:
             self.gates.pop()
 
-    def _watch(self, method: Adapter, leaves: Leaves, h: Array, gates: Any, probes: Mapping[str, Array]) -> Array:
+    def _watch(
+        self,
+        method: Adapter,
+        leaves: Leaves,
+        h: Array,
+        gates: Any,
+        probes: Mapping[str, Array],
+        inputs: AdapterInputs,
+    ) -> Array:
         """Gates that carry the balance loss's gradient and the router's statistics."""
-        inputs = self.inputs
         mask = None if inputs.segment_ids is None else inputs.segment_ids > 0
         statistics = method.statistics(leaves, h, gates, inputs) if probes else {}
         balance = method.balance(gates, mask)
@@ -108,7 +131,7 @@ class _Call:
             return kept[2][adapted.site.path]
         factors = {}
         for path, bundle in siblings.items():
-            part = self.plan[path].adapter.input_factor(_leaves_of(bundle))
+            part = self.plan[path].adapter.input_factor(self._leaves(self.plan[path], bundle))
             if part is not None:
                 factors[path] = part.astype(x.dtype)
         product = jnp.matmul(x, jnp.concatenate(list(factors.values()), 1), preferred_element_type=jnp.float32)
@@ -123,7 +146,8 @@ class _Call:
         kind = find_kind(module, self.plan.kinds)
         assert kind is not None
         bundle = module.get_variable("params", RESERVED)
-        leaves, method, inputs = _leaves_of(bundle), adapted.adapter, self.inputs
+        leaves, method = self._leaves(adapted, bundle), adapted.adapter
+        inputs = _inputs_of(argument, self.inputs)
         value = meta.unbox(module.get_variable("params", kind.kernel_leaf))
         contraction = kind.contraction(module, argument, value.shape)
         if inputs.key is not None:
@@ -138,7 +162,7 @@ class _Call:
         else:
             gates = method.gate(leaves, factored, inputs)
             if gates is not None:
-                gates = self._watch(method, leaves, factored, gates, bundle["probes"])
+                gates = self._watch(method, leaves, factored, gates, bundle["probes"], inputs)
         kept = factored.shape[:-1]
         base = output
         if module.has_variable("params", kind.bias_leaf):
@@ -146,10 +170,27 @@ class _Call:
             base = output - contraction.place_bias(bias, output.ndim)
         base = contraction.flatten_output(base, kept)
         kernel = Kernel(value, adapted.in_axes, adapted.out_axes)
-        delta = method.delta(leaves, factored, base, kernel, gates, inputs)
+        delta = self._delta(adapted, leaves, factored, base, kernel, gates, inputs)
+        if gates is None and bundle["probes"]:
+            statistics = method.statistics(leaves, contraction.flatten_input(x), None, inputs)
+            delta = emit(delta, dict(bundle["probes"]), {name: statistics[name] for name in bundle["probes"]})
         if self.capture is not None:
             self.capture(adapted.site.path, contraction.flatten_input(argument), delta)
         return output + contraction.restore_output(delta, output)
+
+    def _leaves(self, adapted: AdaptedSite, bundle: Mapping[str, Any]) -> Leaves:
+        own = Leaves(bundle["params"], bundle["state"], bundle["constants"])
+        return with_shared(own, self.common[adapted.shared]) if adapted.shared else own
+
+    def _delta(self, adapted: AdaptedSite, leaves: Leaves, x, base, kernel: Kernel, gates, inputs) -> Array:
+        """The method's change; a chained site takes its entry of the block's chain and leaves another."""
+        if adapted.chain not in self.plan.chained:
+            return adapted.adapter.delta(leaves, x, base, kernel, gates, inputs)  # pyright: ignore[reportReturnType]
+        if not self.chains:
+            raise InjectionError(f"{adapted.site.path} is outside of the layers that thread carry_extra; exclude it")
+        inputs = dataclasses.replace(inputs, chain=self.chains[-1][adapted.chain])
+        delta, self.chains[-1][adapted.chain] = adapted.adapter.delta(leaves, x, base, kernel, gates, inputs)
+        return delta
 
     def _open_gate(self, adapted: AdaptedSite) -> Array:
         for path, gates in reversed(self.gates):
@@ -162,6 +203,16 @@ class _Call:
         if flat is not x or x.dtype != dtype:
             return self._factored(dataclasses.replace(adapted, group=()), module, leaves, flat.astype(dtype))
         return self._factored(adapted, module, leaves, x)
+
+
+def _inputs_of(x: Array, inputs: AdapterInputs) -> AdapterInputs:
+    """What is known of the rows where a module reads (B, in), one vector for each row of tokens, as poolers do."""
+    segments = inputs.segment_ids
+    if segments is None or x.shape[:-1] == segments.shape or x.shape[:-1] != segments.shape[:1]:
+        return inputs
+    names = ("segment_ids", "prompt_mask", "task_ids", "positions")
+    known = {name: value.max(axis=1) for name in names if (value := getattr(inputs, name)) is not None}
+    return dataclasses.replace(inputs, **known)
 
 
 def _siblings(adapted: AdaptedSite, module: nn.Module) -> dict[str, Any]:
@@ -178,10 +229,6 @@ def _siblings(adapted: AdaptedSite, module: nn.Module) -> dict[str, Any]:
 
 def _with_key(inputs: AdapterInputs, key: Array) -> AdapterInputs:
     return dataclasses.replace(inputs, key=key)
-
-
-def _leaves_of(bundle: Mapping[str, Any]) -> Leaves:
-    return Leaves(bundle["params"], bundle["state"], bundle["constants"])
 
 
 def _drop(x: Array, rate: float, key: Array | None, path: str) -> Array:
@@ -255,7 +302,11 @@ class Adapted(nn.Module):
         probes = variables.pop("adapter_probes", {})
         params = variables.pop("params")
         joined = join(plan, params, prepare_leaves(plan, leaves, params), probes)
-        call = _Call(plan, adapter_inputs or AdapterInputs(), capture=capture)
+        common = {name: site_leaves(leaves, name) for name in plan.shared}
+        call = _Call(plan, adapter_inputs or AdapterInputs(), common, capture=capture)
+        if plan.chained:
+            run = lambda *args, **kwargs: self.base.apply({"params": params, **variables}, *args, **kwargs)  # noqa: E731
+            kwargs["carry_extra"] = initial_chain(self.base, plan, run, args, kwargs)
         with nn.intercept_methods(call.intercept):
             result = self.base.apply({"params": joined, **variables}, *args, **kwargs)
         missed = [s.site.path for s in plan.sites if s.site.path not in call.visited]

@@ -89,6 +89,11 @@ def init_leaves(key: Array, plan: AdapterPlan, params: Mapping[str, Any]) -> Lea
         for tree, own in zip(trees, leaves, strict=True):
             if own:
                 tree[adapted.site.path] = own
+    for name, sites in plan.shared.items():
+        own: Any = sites[0].adapter.shared(jax.random.fold_in(key, site_id(name)), tuple(s.site for s in sites))
+        for tree, part in zip(trees, own, strict=True):
+            if part:
+                tree[name] = part
     for path, adapted in plan.gates.items():
         root = jax.random.fold_in(key, site_id(path))
 
@@ -103,18 +108,49 @@ def init_leaves(key: Array, plan: AdapterPlan, params: Mapping[str, Any]) -> Lea
     return trees
 
 
-def _site_leaves(leaves: Leaves, path: str) -> Leaves:
-    return Leaves(leaves.params.get(path, {}), leaves.state.get(path, {}), leaves.constants.get(path, {}))  # pyright: ignore[reportArgumentType]
+def site_leaves(leaves: Leaves, path: str) -> Leaves:
+    """What is stored under one path (of a site, a gate or shared leaves) out of the trees of a whole model."""
+    return Leaves(*(tree.get(path, {}) for tree in leaves))  # pyright: ignore[reportArgumentType]
+
+
+def with_shared(own: Leaves, shared: Leaves) -> Leaves:
+    """One layer's leaves of a site with those that it shares with other sites."""
+    return Leaves(*({**tree, **part} for tree, part in zip(own, shared, strict=True)))
+
+
+def link_leaves(plan: AdapterPlan, leaves: Leaves) -> Leaves:
+    """Leaves with what each layer's method needs of the earlier layers' leaves, whether they are stacked or apart."""
+    trees: tuple[dict[str, Any], ...] = tuple(dict(tree) for tree in leaves)
+    for sites in plan.chains.values():
+        method = sites[0].adapter
+        if not method.linked or any(s.site.path not in leaves.params for s in sites):
+            continue
+        flat = [
+            jax.tree.map(lambda v, s=s: v.reshape(s.site.num_layers, *v.shape[len(s.stack_sizes) :]), own)
+            for s in sites
+            for own in (site_leaves(leaves, s.site.path),)
+        ]
+        linked = method.link(jax.tree.map(lambda *layers: jnp.concatenate(layers), *flat))
+        start = 0
+        for s in sites:
+            end = start + s.site.num_layers
+            own = jax.tree.map(lambda v, s=s, i=start, j=end: v[i:j].reshape(*s.stack_sizes, *v.shape[1:]), linked)
+            start = end
+            for tree, part in zip(trees, own, strict=True):
+                if part:
+                    tree[s.site.path] = part
+    return Leaves(*trees)
 
 
 def prepare_leaves(plan: AdapterPlan, leaves: Leaves, params: Mapping[str, Any]) -> Leaves:
     """Leaves with what each method computes once a step; differentiable, and the identity on its own result."""
+    leaves = link_leaves(plan, leaves)
     trees: tuple[dict[str, Any], ...] = tuple(dict(tree) for tree in leaves)
     for adapted in plan.sites:
         path = adapted.site.path
         if path not in leaves.params:
             raise KeyError(f"no adapter leaves for {path}; were they made for other targets?")
-        own = adapted.adapter.prepare(_site_leaves(leaves, path), site_kernels(params, adapted))
+        own = adapted.adapter.prepare(site_leaves(leaves, path), site_kernels(params, adapted))
         for tree, part in zip(trees, own, strict=True):
             if part:
                 tree[path] = part
@@ -128,7 +164,7 @@ def join(
     joined = dict(params)
     for adapted in plan.sites:
         path = adapted.site.path
-        own = _site_leaves(leaves, path)
+        own = site_leaves(leaves, path)
         layers = jnp.arange(adapted.site.num_layers, dtype=jnp.int32).reshape(*adapted.stack_sizes, 1)
         bundle = {**own._asdict(), "layer": layers, "probes": dict(probes.get(path, {}))}
         bundle = jax.tree.map(lambda v, a=adapted: _layer_axes_stored(v, a.stack_positions), bundle)
@@ -145,15 +181,17 @@ def join(
 
 
 def init_probes(plan: AdapterPlan, num_tasks: int = 0) -> dict[str, dict[str, Array]]:
-    """Zeros whose gradients are the routers' statistics, summed over tokens: {path: {name: (layers..., ...)}}."""
+    """Zeros whose gradients are the methods' statistics, summed over tokens: {path: {name: (layers..., ...)}}."""
     probes = {}
     inputs = AdapterInputs(task_ids=jnp.zeros((1, 1), jnp.int32), num_tasks=num_tasks)
     for adapted in plan.sites:
         method, path = adapted.adapter, adapted.gate_path or adapted.site.path
-        if path in probes or not method.num_gates:
+        if path in probes:
             continue
 
-        def shapes(method=method) -> dict[str, Array]:
+        def shapes(method=method, site=adapted.site) -> dict[str, Array]:
+            if not method.num_gates:
+                return method.statistics(Leaves({}), jnp.zeros((1, 1, site.in_features)), None, inputs)
             gates = jnp.full((1, 1, method.num_gates), 1 / method.num_gates)
             found = method.statistics(Leaves({}), gates, gates, inputs)
             if found and method.balance(gates, None) is not None:

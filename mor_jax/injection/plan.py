@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +38,8 @@ class AdaptedSite:
         gate_path: Path of the block whose input decides the gate, or None.
         gate_features: Width of that input.
         group: Paths of the sites that read the same x, itself included, when they share one matmul.
+        shared: Name of the leaves that it has in common with other sites, or "".
+        chain: Name that it has in common with the same map in other layers.
     """
 
     site: Site
@@ -49,6 +52,8 @@ class AdaptedSite:
     gate_path: str | None = None
     gate_features: int = 0
     group: tuple[str, ...] = ()
+    shared: str = ""
+    chain: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,25 @@ class AdapterPlan:
                 found.setdefault(adapted.gate_path, adapted)
         return found
 
+    @functools.cached_property
+    def shared(self) -> dict[str, tuple[AdaptedSite, ...]]:
+        """For each name of shared leaves the sites that share them."""
+        return _grouped((s.shared, s) for s in self.sites if s.shared)
+
+    @functools.cached_property
+    def chains(self) -> dict[str, tuple[AdaptedSite, ...]]:
+        """For each chain its sites in the order of their layers: one stacked site, or one site a layer."""
+        return _grouped((s.chain, s) for s in sorted(self.sites, key=lambda s: s.site.first_layer))
+
+    @property
+    def chained(self) -> tuple[str, ...]:
+        """Names of the chains of more than one layer that are run as one through the model."""
+        return tuple(
+            name
+            for name, sites in self.chains.items()
+            if sites[0].adapter.chained and sum(s.site.num_layers for s in sites) > 1
+        )
+
     @property
     def num_gate_sites(self) -> int:
         """How many gates there are over all sites or blocks and layers."""
@@ -96,9 +120,21 @@ class AdapterPlan:
         return sites + gates + sum(size for _, size in self.trained_shapes)
 
 
+def _grouped(pairs: Iterable[tuple[str, AdaptedSite]]) -> dict[str, tuple[AdaptedSite, ...]]:
+    found: dict[str, tuple[AdaptedSite, ...]] = {}
+    for name, adapted in pairs:
+        found[name] = (*found.get(name, ()), adapted)
+    return found
+
+
 def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What a module reads: its first argument, by place or by name; None for a call without any."""
-    return args[0] if args else next(iter(kwargs.values()), None)
+    """What a module reads: its first array, by place or by name; its first argument where none is an array.
+
+    Of a layer that is called with `(x, carry)` it is x. Some models' own linear classes take the contraction first:
+    `module("BTD,DF->BTF", x)`.
+    """
+    given = [value[0] if isinstance(value, tuple) and value else value for value in (*args, *kwargs.values())]
+    return next((value for value in given if hasattr(value, "shape")), given[0] if given else None)
 
 
 @dataclass
@@ -207,6 +243,45 @@ def _trained_shapes(modules: tuple[str, ...], params: Mapping[str, Any], sites: 
     return tuple(sizes)
 
 
+_LAYER_NUMBER = re.compile(r"_(\d+)(?=/)")  # of layers that are modules of their own, as in layers_3/mlp/up_proj
+
+
+def _place(path: str, paths: Iterable[str]) -> tuple[str, int, int]:
+    """(the path without its layer number, its place among the ``paths`` that differ in the number alone, their count).
+
+    A path without a number is the first of one.
+    """
+    found = _LAYER_NUMBER.search(path)
+    if found is None:
+        return path, 0, 0
+    start, end = path[: found.start()], path[found.end() :]
+    same = re.compile(re.escape(start) + r"_(\d+)" + re.escape(end))
+    numbers = sorted(int(match[1]) for match in map(same.fullmatch, paths) if match)
+    return start + end, numbers.index(int(found[1])), len(numbers)
+
+
+def _name_groups(sites: list[AdaptedSite]) -> list[AdaptedSite]:
+    """The sites with the names of what they share and of their chains: sites of different settings share nothing."""
+    named: dict[tuple[str, Adapter], str] = {}
+
+    def name(base: str, adapter: Adapter) -> str:
+        count = sum(known == base for known, _ in named)
+        return named.setdefault((base, adapter), base if not count else f"{base} {count + 1}")
+
+    chained = [dataclasses.replace(s, chain=name(s.chain, s.adapter)) for s in sites]
+    by_adapter: dict[Adapter, list[Site]] = {}
+    for adapted in chained:
+        by_adapter.setdefault(adapted.adapter, []).append(adapted.site)
+    shares = {
+        adapter: bool(jax.tree.leaves(jax.eval_shape(lambda a=adapter, s=own: a.shared(jax.random.key(0), tuple(s)))))
+        for adapter, own in by_adapter.items()
+    }
+    return [
+        dataclasses.replace(s, shared=name(f"shared/{s.adapter.name}", s.adapter) if shares[s.adapter] else "")
+        for s in chained
+    ]
+
+
 def _without_marks(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: _without_marks(child) if isinstance(child, Mapping) else child
@@ -265,6 +340,7 @@ def resolve_sites(
         out_features = math.prod(visit.shape[a] for a in contraction.out_axes)
         gate_path, gate_features = _gate_of(path, method, found.widths)
         parent = path.rpartition("/")[0]
+        chain, first_layer, depth = _place(path, found.visits)
         group = tuple(
             other
             for other in chosen
@@ -272,7 +348,7 @@ def resolve_sites(
         )
         sites.append(
             AdaptedSite(
-                site=Site(path, in_features, out_features, math.prod(sizes)),
+                site=Site(path, in_features, out_features, math.prod(sizes), first_layer, depth),
                 adapter=method,
                 kernel_path=kernel_path,
                 stack_positions=positions,
@@ -282,7 +358,9 @@ def resolve_sites(
                 gate_path=gate_path,
                 gate_features=gate_features,
                 group=group if fuse and len(group) > 1 and method.dropout == 0 else (),
+                chain=chain,
             )
         )
     trained = _trained_shapes(tuple(trained_modules), _without_marks(params), list(chosen))
+    sites = _name_groups(sites)
     return AdapterPlan(tuple(sites), tuple(path for path, _ in trained), fuse, kinds, trained)

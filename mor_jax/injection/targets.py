@@ -36,7 +36,7 @@ def nearest_names(pattern: str, paths: Iterable[str]) -> str:
 
 def _select(pattern: str, paths: Iterable[str], unknown: Iterable[str]) -> list[str]:
     if pattern == ALL_LINEAR:
-        hits = [p for p in paths if p.rsplit("/", 1)[-1] not in HEAD_NAMES]
+        hits = [p for p in paths if not set(p.split("/")) & set(HEAD_NAMES)]
     else:
         hits = [p for p in paths if matches(pattern, p)]
     if not hits:

@@ -2,6 +2,7 @@
 
 from mor_jax.merging.approximate import MERGES, merge_routed
 from mor_jax.merging.calibration import ModelCall, language_model_call
+from mor_jax.merging.chain import earlier_shares
 from mor_jax.merging.exact import merge
 from mor_jax.merging.fidelity import FidelityReport, check_unseen, compare_logits, measure_fidelity, site_errors
 from mor_jax.merging.gates import mean_gates
@@ -23,6 +24,7 @@ __all__ = [
     "calibration_blocks",
     "check_unseen",
     "compare_logits",
+    "earlier_shares",
     "factorize",
     "language_model_call",
     "least_squares",

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters import Adapter, AdapterInputs, Kernel, Leaves
+from mor_jax.adapters import Adapter, AdapterInputs, Kernel, Leaves, Site
 from mor_jax.injection import Adapted, AdaptedSite, AdapterPlan
 from mor_jax.injection.adapted import emit
 
@@ -30,16 +30,17 @@ EXTRA = "calibration_"  # begins the names of the leaves added here
 
 
 def language_model_call(batch: Batch, num_tasks: int = 0) -> tuple[tuple[Any, ...], dict[str, Any], AdapterInputs]:
-    """A batch of token rows as the decoder's arguments, its keyword arguments and the adapters' inputs.
+    """A batch of token rows as the model's arguments, its keyword arguments and the adapters' inputs.
 
     Args:
         batch: (B, S) int32 arrays: input_ids, and where known positions, segment_ids (0 is padding), task_ids,
-            prompt_mask.
+            prompt_mask, token_type_ids (encoders).
         num_tasks: How many tasks statistics tell apart.
     """
     known = {name: jnp.asarray(batch[name]) for name in ("positions", "segment_ids") if name in batch}
     marks: dict[str, Any] = {name: jnp.asarray(batch[name]) for name in ("task_ids", "prompt_mask") if name in batch}
-    return (jnp.asarray(batch["input_ids"]),), known, AdapterInputs(**known, **marks, num_tasks=num_tasks)
+    pairs = {name: jnp.asarray(batch[name]) for name in ("token_type_ids",) if name in batch}
+    return (jnp.asarray(batch["input_ids"]),), known | pairs, AdapterInputs(**known, **marks, num_tasks=num_tasks)
 
 
 def forward(
@@ -94,6 +95,25 @@ class Capture(Adapter):
         """The method's."""
         return self.inner.routed
 
+    @property
+    def chained(self) -> bool:
+        """The method's."""
+        return self.inner.chained
+
+    @property
+    def linked(self) -> bool:
+        """The method's."""
+        return self.inner.linked
+
+    def link(self, leaves: Leaves) -> Leaves:
+        """The method's leaves linked, ours untouched."""
+        linked = self.inner.link(_own(leaves))
+        return linked._replace(params={**linked.params, **_extra(leaves)})
+
+    def init_chain(self, site: Site, kept: tuple[int, ...], dtype: Any) -> Any:
+        """The method's."""
+        return self.inner.init_chain(site, kept, dtype)
+
     def prepare(self, leaves: Leaves, kernel: Kernel) -> Leaves:
         """The method's leaves prepared, ours untouched."""
         prepared = self.inner.prepare(_own(leaves), kernel)
@@ -111,10 +131,13 @@ class Capture(Adapter):
         kernel: Kernel,
         gates: Array | None,
         inputs: AdapterInputs,
-    ) -> Array:
+    ) -> Array | tuple[Array, Any]:
         """The method's delta (in merged rows of merged layers: x D), with the sums of this call in its gradient."""
         extra = _extra(leaves)
-        delta = self.inner.delta(_own(leaves), self._factored(leaves, x), base_output, kernel, gates, inputs)
+        delta: Any = self.inner.delta(_own(leaves), self._factored(leaves, x), base_output, kernel, gates, inputs)
+        chain = None
+        if inputs.chain is not None:
+            delta, chain = delta
         change = extra.get(EXTRA + "change")
         weight = _token_weight(inputs, x)
         seen, target = x, delta
@@ -130,7 +153,8 @@ class Capture(Adapter):
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         statistics = jax.lax.cond(extra[EXTRA + "wanted"][0] > 0, lambda: compute(*sums, weight, change), lambda: zeros)
         probes = {name: extra[EXTRA + name] for name in statistics}
-        return emit(delta, probes, statistics)
+        delta = emit(delta, probes, statistics)
+        return delta if chain is None else (delta, chain)
 
     def _factored(self, leaves: Leaves, x: Array) -> Array:
         factor = self.inner.input_factor(_own(leaves))
@@ -138,7 +162,7 @@ class Capture(Adapter):
             return x
         return jnp.matmul(x, factor.astype(x.dtype), preferred_element_type=jnp.float32)
 
-    def num_params(self, site: Any) -> int:
+    def num_params(self, site: Site) -> int:
         """The method's."""
         return self.inner.num_params(site)
 

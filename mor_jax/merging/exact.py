@@ -21,8 +21,8 @@ from jax import Array
 from jax.core import Tracer
 
 from mor_jax.adapters import Adapter, Kernel, Leaves, NotMergeable
-from mor_jax.injection import AdaptedSite, AdapterPlan, get_path, replace_site_kernels, site_kernels
-from mor_jax.injection.leaves import set_path
+from mor_jax.injection import AdaptedSite, AdapterPlan, get_path, link_leaves, replace_site_kernels, site_kernels
+from mor_jax.injection.leaves import set_path, site_leaves, with_shared
 
 Params = Mapping[str, Any]
 
@@ -32,19 +32,15 @@ def gate_key(adapted: AdaptedSite) -> str:
     return adapted.gate_path or adapted.site.path
 
 
-def site_leaves(leaves: Leaves, path: str) -> Leaves:
-    """One site's leaves out of the trees of a whole model."""
-    trees: list[Any] = [tree.get(path, {}) for tree in leaves]
-    return Leaves(*trees)
-
-
 def sharding_of(value: Any) -> Any:
     """The sharding of a concrete array over a mesh, else None."""
     sharding = None if isinstance(value, Tracer) else getattr(value, "sharding", None)
     return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
 
 
-def update_site(params: Params, adapted: AdaptedSite, change: Callable[..., Array], *arrays: Any) -> dict[str, Any]:
+def update_site(
+    params: Params, adapted: AdaptedSite, change: Callable[..., Array], *arrays: Any, **common: Any
+) -> dict[str, Any]:
     """``params`` with one site's kernels changed, one layer at a time.
 
     Args:
@@ -53,28 +49,29 @@ def update_site(params: Params, adapted: AdaptedSite, change: Callable[..., Arra
         change: (``Kernel`` of one layer, *arrays of one layer) -> that layer's kernel in its own layout and dtype;
             hashable, and equal ones compile once.
         *arrays: Pytrees whose leaves have the site's layer axes leading.
+        **common: Pytrees that every layer gets whole.
 
     Returns:
         A copy of the dictionaries along the kernel's path; dtype, boxes and sharding of the kernel stay.
     """
     old = get_path(params, adapted.kernel_path)
     own: dict[str, Any] = set_path({}, adapted.kernel_path, old)
-    merged = _compiled_update(adapted, change, sharding_of(meta.unbox(old)))(own, arrays)
+    merged = _compiled_update(adapted, change, sharding_of(meta.unbox(old)))(own, arrays, common)
     return set_path(params, adapted.kernel_path, meta.replace_boxed(old, merged))
 
 
 @functools.lru_cache(maxsize=256)
 def _compiled_update(adapted: AdaptedSite, change: Callable[..., Array], sharding: Any) -> Any:
-    """(one site's branch of the parameters, arrays) -> its new kernel."""
+    """(one site's branch of the parameters, arrays by layer, arrays of all layers) -> its new kernel."""
     sizes = adapted.stack_sizes
     count, depth = math.prod(sizes), len(sizes)
 
-    def run(params: Params, arrays: Any) -> Array:
+    def run(params: Params, arrays: Any, common: Mapping[str, Any]) -> Array:
         stacked = site_kernels(params, adapted).value
 
         def one(parts: Any) -> Array:
             value, own = parts
-            return change(Kernel(value, adapted.in_axes, adapted.out_axes), *own)
+            return change(Kernel(value, adapted.in_axes, adapted.out_axes), *own, **common)
 
         if not depth:
             new = one((stacked, arrays))
@@ -92,8 +89,8 @@ class _Fold:
 
     adapter: Adapter
 
-    def __call__(self, kernel: Kernel, own: Leaves, gates: Array | None = None) -> Array:
-        return self.adapter.merge(own, kernel, gates)
+    def __call__(self, kernel: Kernel, own: Leaves, gates: Array | None = None, *, common: Leaves) -> Array:
+        return self.adapter.merge(with_shared(own, common), kernel, gates)
 
 
 def add_change(kernel: Kernel, change: Array) -> Array:
@@ -106,29 +103,30 @@ def merge_site(
 ) -> dict[str, Any]:
     """``merge`` of a single site.
 
+    Args:
+        params: The frozen base.
+        leaves: All adapters, linked (``link_leaves``).
+        adapted: The site.
+        gates: As for ``merge``.
+
     Raises:
-        NotMergeable: if its gate depends on the input and ``gates`` has none for it.
+        NotMergeable: if the method has no exact merge and ``gates`` has none for it, or it does not want to be merged.
     """
     path = adapted.site.path
     own = site_leaves(leaves, path)
     if not own.params:
         raise KeyError(f"no adapter leaves for {path}; were they made for other targets?")
     constant = (gates or {}).get(gate_key(adapted))
-    if not adapted.adapter.routed:
-        return update_site(params, adapted, _Fold(adapted.adapter), own)
-    if constant is None:
-        kernel = site_kernels(params, adapted)
-        shape = kernel.value.shape[len(adapted.stack_sizes) :]
-        one = jax.ShapeDtypeStruct(shape, kernel.dtype)
+    common = site_leaves(leaves, adapted.shared) if adapted.shared else Leaves({})
+    if adapted.adapter.merges_exactly or constant is None:
         try:
-            jax.eval_shape(lambda v: adapted.adapter.merge(own, Kernel(v, adapted.in_axes, adapted.out_axes)), one)
+            return update_site(params, adapted, _Fold(adapted.adapter), own, common=common)
         except NotMergeable as error:
             raise NotMergeable(f"{path}: {error}") from error
-        raise NotMergeable(f"{path}: {type(adapted.adapter).__name__} reads its gates from the input; give gates")
-    expected = (*adapted.stack_sizes, adapted.adapter.num_gates)
+    expected = (*adapted.stack_sizes, adapted.adapter.num_gates or 1)
     if constant.shape != expected:
         raise ValueError(f"gates of {gate_key(adapted)} have shape {constant.shape}, expected {expected}")
-    return update_site(params, adapted, _Fold(adapted.adapter), own, jnp.asarray(constant, jnp.float32))
+    return update_site(params, adapted, _Fold(adapted.adapter), own, jnp.asarray(constant, jnp.float32), common=common)
 
 
 def merge_trained_modules(params: Params, leaves: Leaves, plan: AdapterPlan) -> dict[str, Any]:
@@ -156,12 +154,13 @@ def merge(
         params: The frozen base.
         leaves: The adapters, layer axes leading.
         plan: From ``resolve_sites``.
-        gates: Constant gates, {gate path: (layers..., N)}, for methods whose gate depends on the input.
+        gates: Constant gates, {gate path: (layers..., N)}, for methods whose gate depends on the input; and
+            for chains of layers, {site: (layers..., 1)}, from ``earlier_shares``.
 
     Raises:
-        NotMergeable: if such a method has no constant gates; the message names the site and what to do instead.
+        NotMergeable: if such a method has none; the message names the site and what to do instead.
     """
-    merged = dict(params)
+    merged, leaves = dict(params), link_leaves(plan, leaves)
     for adapted in plan.sites:
         merged = merge_site(merged, leaves, adapted, gates)
     return merge_trained_modules(merged, leaves, plan)

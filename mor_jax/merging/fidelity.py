@@ -183,7 +183,7 @@ def measure_fidelity(
         raise ValueError("fidelity needs at least one held-out token")
     return FidelityReport(
         method=method,
-        exact=not any(s.adapter.routed for s in plan.sites),
+        exact=all(s.adapter.merges_exactly for s in plan.sites),
         kl=max(total["kl"] / tokens, 0.0) if math.isfinite(total["kl"]) else total["kl"],
         max_logit_difference=total["max"],
         mean_logit_difference=total["mean"] / tokens,
@@ -215,4 +215,6 @@ def _compare_batch(
     left = _routed_logits(model, plan, call, params, leaves, batch)
     segments = batch.get("segment_ids")
     mask = jnp.ones(left.shape[:-1], bool) if segments is None else segments > 0
+    if mask.ndim == left.ndim:  # one row of logits for each row of tokens, as classifiers give
+        mask = mask.any(-1)
     return compare_logits(left, _plain_logits(model, call, merged, batch), mask)

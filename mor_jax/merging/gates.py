@@ -15,6 +15,7 @@ from jax import Array
 from mor_jax.adapters import Leaves
 from mor_jax.injection import AdapterPlan, init_probes
 from mor_jax.merging.calibration import Batch, ModelCall, forward, language_model_call, through_probes
+from mor_jax.merging.chain import earlier_shares
 
 
 @functools.partial(jax.jit, static_argnames=("model", "plan", "call"))
@@ -42,7 +43,7 @@ def mean_gates(
     call: ModelCall = language_model_call,
     task: int | None = None,
 ) -> dict[str, Array]:
-    """The average gate of each router over real tokens: {gate path: (layers..., N) float32}.
+    """The average gate of each router over real tokens: {gate path: (layers..., N) float32}; ``earlier_shares`` too.
 
     Args:
         model: The base module.
@@ -56,6 +57,10 @@ def mean_gates(
     Raises:
         ValueError: if no calibration token (of the task) was seen.
     """
+    batches = list(batches)
+    shares = earlier_shares(model, params, leaves, plan, batches, call=call) if plan.chained else {}
+    if shares and not any(s.adapter.num_gates for s in plan.sites):
+        return shares
     load, count = ("load", "count") if task is None else ("task_load", "task_count")
 
     total, probes = None, None
@@ -80,4 +85,4 @@ def mean_gates(
         gates[path] = jnp.asarray(weight / tokens, jnp.float32)
     if total is None:
         raise ValueError("mean gates need at least one calibration batch")
-    return gates
+    return gates | shares

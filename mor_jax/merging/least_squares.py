@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array
 
 from mor_jax.adapters import Leaves, LoRA
-from mor_jax.injection import AdaptedSite, AdapterPlan
+from mor_jax.injection import AdaptedSite, AdapterPlan, link_leaves
 from mor_jax.merging.calibration import Batch, ModelCall, controls_for, language_model_call, make_collector
 from mor_jax.merging.exact import add_change, merge_site, merge_trained_modules, update_site
 
@@ -57,7 +57,7 @@ def solve_ridge(second_moment: np.ndarray, cross: np.ndarray, ridge: float = RID
 
 def routed_paths(plan: AdapterPlan) -> tuple[str, ...]:
     """Paths of the sites whose gate depends on the input."""
-    return tuple(s.site.path for s in plan.sites if s.adapter.routed)
+    return tuple(s.site.path for s in plan.sites if not s.adapter.merges_exactly)
 
 
 def calibration_blocks(plan: AdapterPlan) -> list[list[tuple[str, tuple[int, ...]]]]:
@@ -153,7 +153,7 @@ def merge_changes(
         plan: From ``resolve_sites``.
         changes: {path: (layers..., in, out)}; sums are formed in float32 and rounded once.
     """
-    merged = dict(params)
+    merged, leaves = dict(params), link_leaves(plan, leaves)
     for adapted in plan.sites:
         change = changes.get(adapted.site.path)
         if change is None:

@@ -1,19 +1,26 @@
-"""Base models: one configured decoder, its Hugging Face files, and generation."""
+"""Base models: one configured decoder and one encoder, their Hugging Face files, and generation."""
 
-from mor_jax.models.config import DecoderConfig, RopeScaling
-from mor_jax.models.decoder import Decoder, abstract_params, head_kernel, init_cache
+from mor_jax.models.config import DecoderConfig, EncoderConfig, ModelConfig, RopeScaling
+from mor_jax.models.decoder import Decoder, head_kernel, init_cache
+from mor_jax.models.encoder import Encoder, mean_embedding
+from mor_jax.models.family import abstract_params, add_head, make_model, with_head
 from mor_jax.models.generation import CachedForward, continue_prompts, generate
 from mor_jax.models.hf import load_params, save_params
-from mor_jax.models.hf_config import ModelFileError, config_to_hf, known_config, read_config
+from mor_jax.models.hf_config import config_to_hf, known_config, read_config
+from mor_jax.models.hf_json import ModelFileError
 from mor_jax.models.logical_axes import logical_axes
 
 __all__ = [
     "CachedForward",
     "Decoder",
     "DecoderConfig",
+    "Encoder",
+    "EncoderConfig",
+    "ModelConfig",
     "ModelFileError",
     "RopeScaling",
     "abstract_params",
+    "add_head",
     "config_to_hf",
     "continue_prompts",
     "generate",
@@ -22,6 +29,9 @@ __all__ = [
     "known_config",
     "load_params",
     "logical_axes",
+    "make_model",
+    "mean_embedding",
     "read_config",
     "save_params",
+    "with_head",
 ]

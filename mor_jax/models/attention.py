@@ -22,11 +22,18 @@ from mor_jax.models.config import DecoderConfig, RopeScaling
 from mor_jax.models.logical_axes import KEY_HEADS, QUERY_HEADS
 
 
+class LayerKind(NamedTuple):
+    """What tells one layer of a stack from another beside its parameters; scalars, or (L,) arrays for a scan."""
+
+    window: jax.Array | int | None  # keys at this distance or more are not seen; None = no layer has a window
+    rope: jax.Array | int | None  # index into `LayerInputs.cos`; None = all layers have one rope
+
+
 class LayerInputs(NamedTuple):
     """What every layer of one forward pass shares."""
 
-    cos: jax.Array  # (B, S, head_dim / 2) float32
-    sin: jax.Array  # (B, S, head_dim / 2) float32
+    cos: jax.Array  # (K, B, S, head_dim / 2) float32, one table for each kind of rope
+    sin: jax.Array  # (K, B, S, head_dim / 2) float32
     mask: jax.Array  # (B, S, T) bool: query s sees key t, before any window
     distance: jax.Array | None  # (B, S, T) int32, query less key position; None when no layer has a window
     cache_index: jax.Array | None  # () int32, first cache slot to write; None without a cache
@@ -65,27 +72,31 @@ def _yarn_attention_factor(scaling: RopeScaling) -> float:
     return scale(1.0)
 
 
-def rotary_frequencies(config: DecoderConfig) -> tuple[np.ndarray, float]:
+def rotary_frequencies(theta: float, head_dim: int, scaling: RopeScaling | None) -> tuple[np.ndarray, float]:
     """Angles per position, (head_dim / 2,) float32, and the factor on cos and sin (1 except for yarn)."""
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
+    exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    frequencies = 1.0 / theta**exponents
     factor = 1.0
-    scaling = config.rope_scaling
     if scaling is not None and scaling.kind == "linear":
         frequencies = frequencies / scaling.factor
     elif scaling is not None and scaling.kind == "llama3":
         frequencies = _llama3_frequencies(frequencies, scaling)
     elif scaling is not None:
-        frequencies = _yarn_frequencies(frequencies, config.rope_theta, config.head_dim, scaling)
+        frequencies = _yarn_frequencies(frequencies, theta, head_dim, scaling)
         factor = _yarn_attention_factor(scaling)
     return frequencies.astype(np.float32), factor
 
 
 def rotary_tables(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of positions (B, S), each (B, S, head_dim / 2) float32 (arXiv 2104.09864, eq. 34)."""
-    frequencies, factor = rotary_frequencies(config)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+    """Cosines and sines of positions (B, S), each (K, B, S, head_dim / 2) float32 (arXiv 2104.09864, eq. 34).
+
+    K is the number of `config.ropes`.
+    """
+    found = [rotary_frequencies(theta, config.head_dim, scaling) for theta, scaling in config.ropes]
+    frequencies = np.stack([frequencies for frequencies, _ in found])[:, None, None, :]
+    factors = np.array([factor for _, factor in found], np.float32)[:, None, None, None]
+    angles = positions[None, ..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles) * factors, jnp.sin(angles) * factors
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -113,7 +124,19 @@ def visible(
     return same & causal & (key_segments > 0)[:, None, :]
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """c * tanh(x / c): x held within (-c, c) (arXiv 2408.00118, section 2); x itself without a cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    scalar: float | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
     """Softmax attention, (B, S, N, H) in the dtype of `value`; scores and softmax in float32.
 
     Args:
@@ -121,11 +144,14 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) 
       key: (B, T, K, H) with N a multiple of K; query head n reads key head n // (N / K) (arXiv 2305.13245).
       value: (B, T, K, H).
       mask: (B, S, T) bool. A query that sees nothing (padding) gets a finite average that nobody reads.
+      scalar: scores are multiplied by its -1/2th power; None = H.
+      softcap: of the scores, before the mask; None = none.
     """
     batch, length, heads, head_dim = query.shape
     kv_heads = key.shape[2]
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("bskgh,btkh->bkgst", grouped, key, preferred_element_type=jnp.float32) * head_dim**-0.5
+    scores = jnp.einsum("bskgh,btkh->bkgst", grouped, key, preferred_element_type=jnp.float32)
+    scores = soft_cap(scores * (scalar or head_dim) ** -0.5, softcap)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bkgst,btkh->bskgh", weights, value).reshape(batch, length, heads, head_dim)
@@ -156,17 +182,22 @@ def attend_in_blocks(
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis (arXiv 1910.07467), computed in float32, returned in `config.dtype`."""
+    """x / rms(x) * scale over the last axis (arXiv 1910.07467), computed in float32, returned in `config.dtype`.
+
+    With `config.norm_unit_offset` the factor is 1 + scale, and a fresh scale is 0.
+    """
 
     config: DecoderConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., D) to (..., D)."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.config.param_dtype)
+        offset = self.config.norm_unit_offset
+        start = nn.initializers.zeros if offset else nn.initializers.ones
+        scale = self.param("scale", start, (x.shape[-1],), self.config.param_dtype).astype(jnp.float32) + float(offset)
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.config.rms_norm_eps)
-        return (x * scale.astype(jnp.float32)).astype(self.config.dtype)
+        return (x * scale).astype(self.config.dtype)
 
 
 class Attention(nn.Module):
@@ -175,8 +206,8 @@ class Attention(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, inputs: LayerInputs, window: jax.Array | int | None) -> jax.Array:
-        """x (B, S, D) to (B, S, D); `window` is the layer's sliding window, None for none."""
+    def __call__(self, x: jax.Array, inputs: LayerInputs, kind: LayerKind) -> jax.Array:
+        """x (B, S, D) to (B, S, D)."""
         config = self.config
         dense = partial(
             nn.Dense,
@@ -194,13 +225,15 @@ class Attention(nn.Module):
         )
         if config.qk_norm:
             query, key = RMSNorm(config, name="q_norm")(query), RMSNorm(config, name="k_norm")(key)
-        query, key = rotate(query, inputs.cos, inputs.sin), rotate(key, inputs.cos, inputs.sin)
+        cos, sin = (table[0 if kind.rope is None else kind.rope] for table in (inputs.cos, inputs.sin))
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if inputs.cache_index is not None:
             key, value = self._cached("key", key, inputs.cache_index), self._cached("value", value, inputs.cache_index)
         mask = inputs.mask
-        if window is not None and inputs.distance is not None:
-            mask = mask & (inputs.distance < window)
-        out = attend_in_blocks(query, key, value, mask, config.attention_block, attend)
+        if kind.window is not None and inputs.distance is not None:
+            mask = mask & (inputs.distance < kind.window)
+        scaled = partial(attend, scalar=config.query_scalar, softcap=config.attention_softcap)
+        out = attend_in_blocks(query, key, value, mask, config.attention_block, scaled)
         out = with_logical_constraint(out, QUERY_HEADS).reshape(*x.shape[:2], -1)
         return dense(config.hidden_size, use_bias=config.o_bias, name="o_proj")(out)
 

@@ -1,7 +1,7 @@
-"""What a decoder is made of, as one frozen dataclass.
+"""What a decoder or an encoder is made of, one frozen dataclass each.
 
-A family (Llama, Mistral, Qwen, ...) is a set of values of these fields, never a branch in the model's code:
-`hf_config.py` turns a `config.json` into a `DecoderConfig` and back.
+A family (Llama, Qwen, Gemma, BERT, ...) is a set of values of these fields, never a branch in the model's code:
+`hf_config.py` turns a `config.json` into a `DecoderConfig` or an `EncoderConfig` and back.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+HEADS = ("none", "linear", "dense")
 ROPE_KINDS = ("linear", "llama3", "yarn")
 
 
@@ -80,6 +81,14 @@ class DecoderConfig:
     qk_norm: bool = False  # RMS norm of each query and key head before the rotation (Qwen 3)
     sliding_window: int | None = None  # keys at distance >= window are not seen
     sliding_layers: tuple[bool, ...] = ()  # which layers have the window; () = all of them
+    sliding_rope_theta: float | None = None  # rope of the layers with a window (Gemma 3); None = as all others
+    sliding_rope_scaling: RopeScaling | None = None  # read only where sliding_rope_theta is set
+    query_scalar: float | None = None  # attention scores are multiplied by its -1/2th power; None = head_dim
+    attention_softcap: float | None = None  # scores become c * tanh(scores / c) before the mask (Gemma 2)
+    logit_softcap: float | None = None  # the same for the final logits
+    norm_unit_offset: bool = False  # RMS norms multiply by 1 + scale (Gemma)
+    post_norms: bool = False  # attention and MLP have a norm behind them too, before the residual (Gemma 2)
+    embedding_scale: float | None = None  # factor on embedded tokens, rounded to `dtype`; None = 1
     hidden_act: str = "silu"
     initializer_range: float = 0.02
     model_type: str = "llama"  # the family's name in `config.json`; the model never reads it
@@ -118,6 +127,10 @@ class DecoderConfig:
             raise ValueError(f"DecoderConfig.attention_block must be at least 0, got {self.attention_block}")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"DecoderConfig.sliding_window must be at least 1, got {self.sliding_window}")
+        for name in ("query_scalar", "attention_softcap", "logit_softcap", "embedding_scale"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"DecoderConfig.{name} must be positive, got {value}")
         if self.sliding_layers and len(self.sliding_layers) != self.num_layers:
             raise ValueError(
                 f"DecoderConfig.sliding_layers has {len(self.sliding_layers)} entries for {self.num_layers} layers"
@@ -128,3 +141,77 @@ class DecoderConfig:
         """The window of each layer, None where a layer sees all earlier tokens."""
         slides = self.sliding_layers or (True,) * self.num_layers
         return tuple(self.sliding_window if slide else None for slide in slides)
+
+    @property
+    def ropes(self) -> tuple[tuple[float, RopeScaling | None], ...]:
+        """(theta, scaling) of each kind of layer: one, or unlimited layers first, those with a window second."""
+        unlimited = (self.rope_theta, self.rope_scaling)
+        if self.sliding_rope_theta is None:
+            return (unlimited,)
+        return unlimited, (self.sliding_rope_theta, self.sliding_rope_scaling)
+
+    @property
+    def rope_kinds(self) -> tuple[int, ...]:
+        """For each layer the index of its rope in `ropes`."""
+        return tuple(int(len(self.ropes) > 1 and window is not None) for window in self.windows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """Shape and options of a bidirectional encoder. Hashable, so that it may be a static argument of `jax.jit`.
+
+    Raises:
+      ValueError: a field or a combination of fields is impossible.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    max_position_embeddings: int = 512  # rows of the position table; a longer text is an error
+    position_offset: int = 0  # the first token's row in that table (RoBERTa: padding id + 1)
+    type_vocab_size: int = 2  # kinds of text that a token can belong to; 0 = no such table
+    layer_norm_eps: float = 1e-12
+    hidden_act: str = "gelu"
+    initializer_range: float = 0.02
+    pooler: bool = True  # tanh(dense(first token)) under "pooler"
+    head: Literal["none", "linear", "dense"] = "none"  # over the pooler (BERT), or dense + tanh + out_proj (RoBERTa)
+    labels: tuple[str, ...] = ()  # names of the classes; empty without a head
+    model_type: str = "bert"  # the family's name in `config.json`; the model never reads it
+    dtype: Any = "float32"  # of activations; norms and softmax are float32 always
+    param_dtype: Any = "float32"
+    scan_layers: bool = True  # one `nn.scan` (stacked leaves under "layer") or a loop ("layer_0", "layer_1", ...)
+    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes: nothing, all but dots, all
+
+    def __post_init__(self):
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        object.__setattr__(self, "param_dtype", jnp.dtype(self.param_dtype))
+        object.__setattr__(self, "labels", tuple(self.labels))
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"EncoderConfig.{name} must be at least 1, got {getattr(self, name)}")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} does not divide by {self.num_heads} heads")
+        if self.max_length < 1:
+            raise ValueError(
+                f"max_position_embeddings {self.max_position_embeddings} leaves no place after "
+                f"position_offset {self.position_offset}"
+            )
+        for name, choices in (("hidden_act", ACTIVATIONS), ("head", HEADS), ("remat", ("none", "dots", "full"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"EncoderConfig.{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}"
+                )
+        if (self.head == "none") != (not self.labels):
+            raise ValueError("EncoderConfig.labels must name the classes of a head, and be empty without one")
+        if self.head == "linear" and not self.pooler:
+            raise ValueError("EncoderConfig.head='linear' reads the pooler: set pooler=True")
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens of a text."""
+        return self.max_position_embeddings - self.position_offset
+
+
+ModelConfig = DecoderConfig | EncoderConfig

@@ -1,9 +1,9 @@
-"""One causal decoder for Llama, Mistral, Qwen and SmolLM, told apart by `DecoderConfig` alone.
+"""One causal decoder for Llama, Mistral, Qwen, SmolLM and Gemma, told apart by `DecoderConfig` alone.
 
 Parameter paths are those of Hugging Face with "/" for "." and the layer axis stacked in front:
 
     embed_tokens/embedding                        (V, D)
-    layers/input_layernorm/scale                  (L, D)
+    layers/input_layernorm/scale                  (L, D), and the family's other norms
     layers/self_attn/{q,k,v,o}_proj/kernel        (L, in, out)
     layers/mlp/{gate,up,down}_proj/kernel         (L, in, out)
     norm/scale                                    (D,)
@@ -25,21 +25,17 @@ from flax.linen.spmd import with_logical_constraint
 from mor_jax.models.attention import (
     Attention,
     LayerInputs,
+    LayerKind,
     RMSNorm,
     default_positions,
     rotary_tables,
+    soft_cap,
     visible,
 )
 from mor_jax.models.config import DecoderConfig
+from mor_jax.models.layers import ACTIVATION_FUNCTIONS, REMAT_POLICIES
 from mor_jax.models.logical_axes import INNER, RESIDUAL
 
-_ACTIVATIONS = {
-    "silu": nn.silu,
-    "gelu": partial(nn.gelu, approximate=False),
-    "gelu_pytorch_tanh": partial(nn.gelu, approximate=True),
-    "relu": nn.relu,
-}
-_REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 _NO_WINDOW = jnp.iinfo(jnp.int32).max  # the window of an unlimited layer among limited ones
 _float32_dot = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 
@@ -62,22 +58,31 @@ class MLP(nn.Module):
         )
         gate = dense(config.intermediate_size, name="gate_proj")(x)
         up = dense(config.intermediate_size, name="up_proj")(x)
-        inner = with_logical_constraint(_ACTIVATIONS[config.hidden_act](gate) * up, INNER)
+        inner = with_logical_constraint(ACTIVATION_FUNCTIONS[config.hidden_act](gate) * up, INNER)
         return dense(config.hidden_size, name="down_proj")(inner)
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each behind a norm and beside a residual."""
+    """Attention and MLP, each behind a norm and beside a residual; with `post_norms` each in front of one too."""
 
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, window: jax.Array | int | None, inputs: LayerInputs) -> tuple[jax.Array, None]:
-        """x (B, S, D) to ((B, S, D), None): carry and output, as a scan wants them."""
-        normed = RMSNorm(self.config, name="input_layernorm")(x)
-        x = with_logical_constraint(x + Attention(self.config, name="self_attn")(normed, inputs, window), RESIDUAL)
-        normed = RMSNorm(self.config, name="post_attention_layernorm")(x)
-        return with_logical_constraint(x + MLP(self.config, name="mlp")(normed), RESIDUAL), None
+    def __call__(
+        self, carry: tuple[jax.Array, Any], kind: LayerKind, inputs: LayerInputs
+    ) -> tuple[tuple[jax.Array, Any], None]:
+        """(x (B, S, D), extra) to ((x, extra), None): carry and output, as a scan wants them; extra is passed on."""
+        config, (x, carry_extra) = self.config, carry
+        attended = RMSNorm(config, name="input_layernorm")(x)
+        attended = Attention(config, name="self_attn")(attended, inputs, kind)
+        if config.post_norms:
+            attended = RMSNorm(config, name="post_attention_layernorm")(attended)
+        x = with_logical_constraint(x + attended, RESIDUAL)
+        before_mlp = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
+        transformed = MLP(config, name="mlp")(RMSNorm(config, name=before_mlp)(x))
+        if config.post_norms:
+            transformed = RMSNorm(config, name="post_feedforward_layernorm")(transformed)
+        return (with_logical_constraint(x + transformed, RESIDUAL), carry_extra), None
 
 
 class Decoder(nn.Module):
@@ -102,6 +107,7 @@ class Decoder(nn.Module):
         *,
         decode: bool = False,
         output: str = "logits",
+        carry_extra: Any = None,
     ) -> jax.Array:
         """Logits (B, S, V) float32, or hidden states.
 
@@ -111,7 +117,8 @@ class Decoder(nn.Module):
           segment_ids: (B, S) int32, 0 = padding; tokens see earlier ones of their own segment only; None = one segment.
           decode: read and write the "cache" collection (see `init_cache`, pass `mutable=["cache"]`).
           output: "logits"; "last" for the logits of the last position alone, (B, 1, V); "hidden" for the final-normed
-            hidden states (B, S, D), which times `head_kernel` are the logits.
+            hidden states (B, S, D), which times `head_kernel` are the logits (before `logit_softcap`).
+          carry_extra: an opaque pytree that is threaded through the layers beside the hidden states.
 
         Raises:
           ValueError: unknown output, or `decode` without a cache.
@@ -138,22 +145,25 @@ class Decoder(nn.Module):
             embedding_init=nn.initializers.normal(config.initializer_range),
             name="embed_tokens",
         )
-        x = self._layers(with_logical_constraint(embed(input_ids), RESIDUAL), inputs, windowed)
+        x = with_logical_constraint(embed(input_ids), RESIDUAL)
+        if config.embedding_scale is not None:
+            x = x * jnp.asarray(config.embedding_scale, config.dtype)
+        x = self._layers((x, carry_extra), inputs, windowed)
         x = RMSNorm(config, name="norm")(x[:, -1:] if output == "last" else x)
         if output == "hidden" and not (self.is_initializing() and not config.tie_word_embeddings):
             return x
-        logits = self._logits(x, embed)
+        logits = soft_cap(self._logits(x, embed), config.logit_softcap)
         return x if output == "hidden" else logits
 
-    def _layers(self, x: jax.Array, inputs: LayerInputs, windowed: bool) -> jax.Array:
+    def _layers(self, carry: tuple[jax.Array, Any], inputs: LayerInputs, windowed: bool) -> jax.Array:
         config = self.config
         layer = DecoderLayer
         if config.remat != "none":
-            layer = nn.remat(layer, policy=_REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
+            layer = nn.remat(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
         if not config.scan_layers:
-            for number, window in enumerate(config.windows):
-                x, _ = layer(config, name=f"layers_{number}")(x, window, inputs)
-            return x
+            for number, kind in enumerate(map(LayerKind, config.windows, config.rope_kinds)):
+                carry, _ = layer(config, name=f"layers_{number}")(carry, kind, inputs)
+            return carry[0]
         scanned = nn.scan(
             layer,
             variable_axes={"params": 0, "cache": 0, "intermediates": 0},
@@ -161,10 +171,10 @@ class Decoder(nn.Module):
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # flax annotates the single form only
             length=config.num_layers,
         )
-        windows = None
-        if windowed:
-            windows = jnp.asarray([_NO_WINDOW if w is None else w for w in config.windows], jnp.int32)
-        return scanned(config, name="layers")(x, windows, inputs)[0]
+        windows = jnp.asarray([_NO_WINDOW if w is None else w for w in config.windows], jnp.int32)
+        ropes = jnp.asarray(config.rope_kinds, jnp.int32)
+        kinds = LayerKind(windows if windowed else None, ropes if len(config.ropes) > 1 else None)
+        return scanned(config, name="layers")(carry, kinds, inputs)[0][0]
 
     def _logits(self, x: jax.Array, embed: nn.Embed) -> jax.Array:
         config = self.config
@@ -225,9 +235,3 @@ def head_kernel(params: dict, config: DecoderConfig) -> jax.Array:
     if config.tie_word_embeddings:
         return params["embed_tokens"]["embedding"].T
     return params["lm_head"]["kernel"]
-
-
-def abstract_params(config: DecoderConfig) -> dict:
-    """The parameter tree as `jax.ShapeDtypeStruct`s; nothing is allocated."""
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(Decoder(config).init, jax.random.key(0), ids)["params"]

@@ -1,20 +1,19 @@
 """Weights between a Hugging Face directory and a parameter tree, one tensor at a time.
 
-One table (`tensor_table`) says which tensor is which leaf; loading and saving read it in the two directions. A linear
-map is (out, in) in the file, (in, out) here; per-layer tensors are the rows of a stacked leaf when layers are scanned.
+One table (`tensors.py`) says which tensor is which leaf; loading and saving read it in the two directions.
 Only safetensors are read: never pickle, never code from the directory.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from mor_jax.models.config import DecoderConfig
-from mor_jax.models.decoder import abstract_params
-from mor_jax.models.hf_config import ModelFileError, config_to_hf, read_config, read_json, same_model
+from mor_jax.models.config import DecoderConfig, EncoderConfig, ModelConfig
+from mor_jax.models.family import abstract_params
+from mor_jax.models.hf_config import config_to_hf, read_config, same_model
+from mor_jax.models.hf_encoder import LABEL_FIELDS
+from mor_jax.models.hf_json import ModelFileError, read_json
+from mor_jax.models.tensors import TensorEntry, common_name, is_derived, is_left_out, tensor_table
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -40,45 +42,10 @@ _COPIED = (
     "chat_template*",
     "generation_config.json",
 )
-_DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # recomputed from the config; some old files carry it
 _FLOATS = ("F64", "F32", "F16", "BF16")  # anything else is quantised, or no weight
 _HEAD = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """One tensor of the file and where it lives in the parameter tree."""
-
-    name: str  # in the file
-    path: tuple[str, ...]  # of the leaf
-    layer: int | None  # row of a stacked leaf; None for a leaf of its own
-    shape: tuple[int, ...]  # in the file
-    transpose: bool
-
-
-def _file_name(path: tuple[str, ...], layer: int | None) -> str:
-    *modules, leaf = path
-    if modules[0].startswith("layers"):
-        modules = ["layers", str(layer), *modules[1:]]
-    prefix = [] if modules[0] == "lm_head" else ["model"]
-    return ".".join([*prefix, *modules, "bias" if leaf == "bias" else "weight"])
-
-
-def tensor_table(config: DecoderConfig) -> list[TensorEntry]:
-    """Every tensor of a checkpoint of `config`, layer by layer within each leaf."""
-    table = []
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
-        path = tuple(key.key for key in keys)
-        stacked = path[0] == "layers"
-        transpose = path[-1] == "kernel"
-        shape = leaf.shape[1:] if stacked else leaf.shape
-        shape = shape[::-1] if transpose else shape
-        own = int(path[0].removeprefix("layers_")) if path[0].startswith("layers_") else None
-        rows = range(config.num_layers) if stacked else [own]
-        for row in rows:
-            table.append(TensorEntry(_file_name(path, row), path, row if stacked else None, shape, transpose))
-    return table
+_LOGGER = logging.getLogger(__name__)
 
 
 def _shard_files(directory: Path) -> dict[str, list[str] | None]:
@@ -107,11 +74,12 @@ def _shard_files(directory: Path) -> dict[str, list[str] | None]:
 
 
 class _Checkpoint:
-    """Open safetensors files of one directory; tensors are read slice by slice."""
+    """Open safetensors files of one directory; tensors are read slice by slice, by their `common_name`."""
 
-    def __init__(self, directory: Path, stack: ExitStack):
+    def __init__(self, directory: Path, config: ModelConfig, stack: ExitStack):
         self.directory = directory
         self._files: dict[str, Any] = {}
+        self._own_names: dict[str, str] = {}  # common name -> name in the file
         self.file_of: dict[str, str] = {}
         for file, promised in _shard_files(directory).items():
             try:
@@ -123,12 +91,16 @@ class _Checkpoint:
             if promised is not None and set(promised) != names:
                 lost, more = sorted(set(promised) - names), sorted(names - set(promised))
                 raise ModelFileError(f"{directory / file}: the index promises {lost} in vain and does not know {more}")
-            self.file_of.update(dict.fromkeys(names, file))
+            for own in names:
+                name = common_name(own, config)
+                if name in self.file_of:
+                    raise ModelFileError(f"{directory / file}: tensors {own} and {self._own_names[name]} are the same")
+                self.file_of[name], self._own_names[name] = file, own
 
     def slices(self, name: str) -> Any:
-        return self._files[self.file_of[name]].get_slice(name)
+        return self._files[self.file_of[name]].get_slice(self._own_names[name])
 
-    def check(self, table: list[TensorEntry], config: DecoderConfig) -> None:
+    def check(self, table: list[TensorEntry], config: ModelConfig) -> None:
         expected = {entry.name for entry in table}
         missing = sorted(expected - set(self.file_of))
         if missing:
@@ -136,8 +108,12 @@ class _Checkpoint:
             if missing == [_HEAD]:
                 hint = "; if the head is the embedding, config.json must say tie_word_embeddings = true"
             raise ModelFileError(f"{self.directory}: {_listed(missing)} missing{hint}")
-        extra = sorted(name for name in set(self.file_of) - expected if not _DERIVED.fullmatch(name))
-        if config.tie_word_embeddings and _HEAD in extra:
+        extra = sorted(name for name in set(self.file_of) - expected if not is_derived(name))
+        left_out = [name for name in extra if is_left_out(name, config)]
+        if left_out:
+            _LOGGER.warning("%s: %s left out: this model has no such module", self.directory, _listed(left_out))
+        extra = [name for name in extra if name not in left_out]
+        if isinstance(config, DecoderConfig) and config.tie_word_embeddings and _HEAD in extra:
             self._check_tied_head()
             extra.remove(_HEAD)
         if extra:
@@ -235,7 +211,7 @@ def _by_leaf(table: list[TensorEntry]) -> Iterator[list[TensorEntry]]:
     yield from leaves.values()
 
 
-def load_params(directory: str | os.PathLike, config: DecoderConfig, shardings: Any = None, dtype: Any = None) -> dict:
+def load_params(directory: str | os.PathLike, config: ModelConfig, shardings: Any = None, dtype: Any = None) -> dict:
     """The parameters in a Hugging Face directory, each tensor read straight into its shards.
 
     Args:
@@ -245,7 +221,7 @@ def load_params(directory: str | os.PathLike, config: DecoderConfig, shardings: 
       dtype: of the leaves; None = `config.param_dtype`.
 
     Returns:
-      The tree that `Decoder(config).apply({"params": ...})` takes. Beyond it, one tensor is alive at a time.
+      The tree that `make_model(config).apply({"params": ...})` takes. Beyond it, one tensor is alive at a time.
 
     Raises:
       ModelFileError: a file is missing or unreadable, leaves the directory, or a tensor is missing, extra or misshapen.
@@ -253,10 +229,10 @@ def load_params(directory: str | os.PathLike, config: DecoderConfig, shardings: 
     dtype = jnp.dtype(config.param_dtype if dtype is None else dtype)
     if shardings is None:
         shardings = jax.sharding.SingleDeviceSharding(jnp.zeros(()).device)
-    table = tensor_table(config)
+    table = [replace(entry, name=common_name(entry.name, config)) for entry in tensor_table(config)]
     params: dict = {}
     with ExitStack() as stack:
-        checkpoint = _Checkpoint(Path(directory), stack)
+        checkpoint = _Checkpoint(Path(directory), config, stack)
         checkpoint.check(table, config)
         for entries in _by_leaf(table):
             path = entries[0].path
@@ -295,21 +271,26 @@ def _write_shards(folder: Path, params: dict, table: list[TensorEntry], max_shar
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _config_json(params: dict, config: DecoderConfig, source: Path | None) -> dict[str, Any]:
-    """The source's own `config.json` where it describes the same model, else one made from `config`."""
+def _config_json(params: dict, config: ModelConfig, source: Path | None) -> dict[str, Any]:
+    """The source's own `config.json`, else one made from `config`; an encoder may have another head than its source."""
     dtype = str(jax.tree.leaves(params)[0].dtype)
     if source is None:
         return {**config_to_hf(config), "torch_dtype": dtype}
-    if not same_model(read_config(source), config):
+    origin, values = read_config(source), read_json(source / "config.json")
+    if isinstance(origin, EncoderConfig) and isinstance(config, EncoderConfig):
+        ours = config_to_hf(config)
+        values = {name: of for name, of in values.items() if name not in LABEL_FIELDS}
+        values |= {name: of for name, of in ours.items() if name in ("architectures", *LABEL_FIELDS)}
+        origin = replace(origin, head=config.head, labels=config.labels, pooler=config.pooler)
+    if not same_model(origin, config):
         raise ModelFileError(f"{source / 'config.json'}: describes another model than the one that is saved")
-    values = read_json(source / "config.json")
     values["dtype" if "dtype" in values else "torch_dtype"] = dtype
     return values
 
 
 def save_params(
     params: dict,
-    config: DecoderConfig,
+    config: ModelConfig,
     directory: str | os.PathLike,
     source_dir: str | os.PathLike | None = None,
     max_shard_bytes: int = 5_000_000_000,
@@ -350,7 +331,7 @@ def save_params(
         os.replace(folder, target)
 
 
-def _check_shapes(params: dict, config: DecoderConfig) -> None:
+def _check_shapes(params: dict, config: ModelConfig) -> None:
     expected = jax.tree_util.tree_flatten_with_path(abstract_params(config))[0]
     found = dict(jax.tree_util.tree_flatten_with_path(params)[0])
     for path, leaf in expected:

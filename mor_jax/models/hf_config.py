@@ -1,4 +1,4 @@
-"""`config.json` of Hugging Face to `DecoderConfig` and back.
+"""`config.json` of Hugging Face to `DecoderConfig` or `EncoderConfig` and back.
 
 A family is one row of `FAMILIES`: the values that its files may leave out, and which projections carry a bias. The file
 is read as plain JSON: no class named in it is imported, no code beside it is run.
@@ -7,18 +7,15 @@ is read as plain JSON: no class named in it is imported, no code beside it is ru
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mor_jax.models.config import DecoderConfig, RopeScaling
+from mor_jax.models.config import DecoderConfig, EncoderConfig, ModelConfig, RopeScaling
+from mor_jax.models.hf_encoder import ENCODER_FAMILIES, encoder_to_hf, parse_encoder
+from mor_jax.models.hf_json import JsonReader, ModelFileError, read_json
 from mor_jax.models.presets import PRESETS, nearest_preset, preset
-
-
-class ModelFileError(ValueError):
-    """A file of a model directory is missing, malformed, or does not fit; the message names file and part."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +25,26 @@ class Family:
     architecture: str  # the class name that Hugging Face files carry
     defaults: dict[str, Any] = field(default_factory=dict)  # values where `config.json` is silent
     bias_fields: dict[str, Any] = field(default_factory=dict)  # ours -> name of the JSON flag, or a fixed bool
-    qk_norm: bool = False
-    window: str = "none"  # "all" layers, "upper" (from max_window_layers on, when use_sliding_window), "none"
+    window: str = (
+        "none"  # "all" layers, "upper" (from max_window_layers on, when use_sliding_window), "pattern", "none"
+    )
+    fixed: dict[str, Any] = field(default_factory=dict)  # our fields that are so in the whole family
+    positive: dict[str, str] = field(default_factory=dict)  # ours -> JSON name of a number that may be null
+    refused: tuple[str, ...] = ()  # JSON fields that must be absent, null or false
+    activation: str = "hidden_act"  # JSON name of the activation
+    scaled_embedding: bool = False  # embedded tokens are multiplied by hidden_size^1/2
+    sliding_rope: str = ""  # JSON name of the rope theta of layers with a window
 
 
+_GEMMA = {
+    "tie_word_embeddings": True,
+    "head_dim": 256,
+    "num_key_value_heads": 4,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+_GEMMA_BIASES = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
 _QWEN = {"max_position_embeddings": 32768, "max_window_layers": 28, "sliding_window": 4096}
 FAMILIES = {
     "llama": Family(
@@ -54,8 +67,47 @@ FAMILIES = {
         architecture="Qwen3ForCausalLM",
         defaults={**_QWEN, "head_dim": 128},
         bias_fields={"qkv_bias": "attention_bias", "o_bias": "attention_bias"},
-        qk_norm=True,
+        fixed={"qk_norm": True},
         window="upper",
+    ),
+    "gemma2": Family(
+        architecture="Gemma2ForCausalLM",
+        defaults={
+            **_GEMMA,
+            "max_position_embeddings": 8192,
+            "sliding_window_pattern": 2,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        bias_fields=_GEMMA_BIASES,
+        window="pattern",
+        fixed={"norm_unit_offset": True, "post_norms": True},
+        positive={
+            "query_scalar": "query_pre_attn_scalar",
+            "attention_softcap": "attn_logit_softcapping",
+            "logit_softcap": "final_logit_softcapping",
+        },
+        refused=("use_bidirectional_attention",),
+        activation="hidden_activation",
+        scaled_embedding=True,
+    ),
+    "gemma3_text": Family(
+        architecture="Gemma3ForCausalLM",
+        defaults={
+            **_GEMMA,
+            "max_position_embeddings": 131072,
+            "sliding_window_pattern": 6,
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10_000.0,
+        },
+        bias_fields=_GEMMA_BIASES,
+        window="pattern",
+        fixed={"norm_unit_offset": True, "post_norms": True, "qk_norm": True},
+        positive={"query_scalar": "query_pre_attn_scalar", "logit_softcap": "final_logit_softcapping"},
+        refused=("use_bidirectional_attention", "attn_logit_softcapping"),  # Hugging Face reads neither as written
+        activation="hidden_activation",
+        scaled_embedding=True,
+        sliding_rope="rope_local_base_freq",
     ),
 }
 _ROPE_FIELDS = {
@@ -72,48 +124,8 @@ _ROPE_FIELDS = {
 _ROPE_IGNORED = {"rope_type", "type", "factor", "rope_theta", "partial_rotary_factor"}
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """Typed access to one JSON object; every complaint names the file and the field."""
-
-    path: Path
-    values: dict[str, Any]
-    defaults: dict[str, Any]
-
-    def fail(self, name: str, problem: str) -> ModelFileError:
-        return ModelFileError(f"{self.path}: field {name!r} {problem}")
-
-    def get(self, name: str, kind: type, default: Any = None, *, required: bool = False) -> Any:
-        value = self.values.get(name, self.defaults.get(name, default))
-        if value is None and not required:
-            return None if name in self.values else default
-        if value is None:
-            raise self.fail(name, f"is missing; a {kind.__name__} is needed")
-        accepted = (int, float) if kind is float else (kind,)
-        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            raise self.fail(name, f"must be a {kind.__name__}, got {value!r}")
-        return kind(value)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-      ModelFileError: the file is missing, is not JSON, or holds something else than an object.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelFileError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelFileError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise ModelFileError(f"{path}: a JSON object is needed, found a {type(values).__name__}")
-    return values
-
-
-def read_config(directory: str | os.PathLike) -> DecoderConfig:
-    """The `DecoderConfig` that `directory/config.json` describes.
+def read_config(directory: str | os.PathLike) -> ModelConfig:
+    """The `DecoderConfig` or `EncoderConfig` that `directory/config.json` describes.
 
     Both spellings of rotary settings are read (`rope_theta` + `rope_scaling`, and `rope_parameters`). A file that says
     bfloat16 gives bfloat16 for `dtype` and `param_dtype`, any other float32; `dataclasses.replace` changes either.
@@ -126,8 +138,8 @@ def read_config(directory: str | os.PathLike) -> DecoderConfig:
     return _parse(path, read_json(path))
 
 
-def known_config(model: str | os.PathLike) -> DecoderConfig:
-    """The `DecoderConfig` of a model directory, of a lone `config.json`, or of a well-known checkpoint by name.
+def known_config(model: str | os.PathLike) -> ModelConfig:
+    """The config of a model directory, of a lone `config.json`, or of a well-known checkpoint by name.
 
     Raises:
       ModelFileError: as `read_config`, or nothing is there under that name.
@@ -147,40 +159,51 @@ def known_config(model: str | os.PathLike) -> DecoderConfig:
     return _parse(path, fields)
 
 
-def same_model(first: DecoderConfig, second: DecoderConfig) -> bool:
+def same_model(first: ModelConfig, second: ModelConfig) -> bool:
     """Whether the two describe one function of the same weights; dtypes, scan, remat and blocks do not count."""
 
-    def plain(config: DecoderConfig) -> DecoderConfig:
-        how = {"dtype": "float32", "param_dtype": "float32", "scan_layers": True, "remat": "none", "attention_block": 0}
-        return replace(config, sliding_window=None, sliding_layers=(), **how)
+    def plain(config: ModelConfig) -> ModelConfig:
+        how: dict[str, Any] = {"dtype": "float32", "param_dtype": "float32", "scan_layers": True, "remat": "none"}
+        if isinstance(config, DecoderConfig):
+            how |= {"sliding_window": None, "sliding_layers": (), "attention_block": 0}
+        return replace(config, **how)
 
-    return first.windows == second.windows and plain(first) == plain(second)
+    windows = [config.windows if isinstance(config, DecoderConfig) else () for config in (first, second)]
+    return windows[0] == windows[1] and plain(first) == plain(second)
 
 
-def _parse(path: Path, values: dict[str, Any]) -> DecoderConfig:
+def _parse(path: Path, values: dict[str, Any]) -> ModelConfig:
     model_type = values.get("model_type")
-    if model_type not in FAMILIES:
-        near = difflib.get_close_matches(str(model_type), FAMILIES, n=1)
+    known = [*FAMILIES, *ENCODER_FAMILIES]
+    if model_type not in known:
+        near = difflib.get_close_matches(str(model_type), known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ModelFileError(
-            f"{path}: field 'model_type' is {model_type!r}; supported: {', '.join(sorted(FAMILIES))}{hint}"
+            f"{path}: field 'model_type' is {model_type!r}; supported: {', '.join(sorted(known))}{hint}"
         )
-    family = FAMILIES[model_type]
-    reader = _Reader(path, values, family.defaults)
     if values.get("quantization_config"):
-        raise reader.fail("quantization_config", "is set; quantised weights are not supported, use a float checkpoint")
-    fields = {**_sizes(reader), **_windows(reader, family), **_rope(reader)}
+        raise JsonReader(path, values, {}).fail(
+            "quantization_config", "is set; quantised weights are not supported, use a float checkpoint"
+        )
+    if model_type in ENCODER_FAMILIES:
+        return parse_encoder(path, values)
+    family = FAMILIES[model_type]
+    reader = JsonReader(path, values, family.defaults)
+    for name in family.refused:
+        if values.get(name):
+            raise reader.fail(name, f"is {values[name]!r}, which is not supported; supported is null or false")
+    fields = {**_sizes(reader), **_windows(reader, family), **_ropes(reader, family), **_scales(reader, family)}
     for name, flag in family.bias_fields.items():
         fields[name] = flag if isinstance(flag, bool) else reader.get(flag, bool, False)
     stored = values.get("dtype", values.get("torch_dtype"))
     dtype = "bfloat16" if stored == "bfloat16" else "float32"
     try:
-        return DecoderConfig(**fields, qk_norm=family.qk_norm, model_type=model_type, dtype=dtype, param_dtype=dtype)
+        return DecoderConfig(**fields, **family.fixed, model_type=model_type, dtype=dtype, param_dtype=dtype)
     except ValueError as error:
         raise ModelFileError(f"{path}: {error}") from None
 
 
-def _sizes(reader: _Reader) -> dict[str, Any]:
+def _sizes(reader: JsonReader) -> dict[str, Any]:
     heads = reader.get("num_attention_heads", int, required=True)
     return {
         "vocab_size": reader.get("vocab_size", int, required=True),
@@ -193,21 +216,31 @@ def _sizes(reader: _Reader) -> dict[str, Any]:
         "max_position_embeddings": reader.get("max_position_embeddings", int, required=True),
         "rms_norm_eps": reader.get("rms_norm_eps", float, 1e-6),
         "tie_word_embeddings": reader.get("tie_word_embeddings", bool, False),
-        "hidden_act": reader.get("hidden_act", str, "silu"),
         "initializer_range": reader.get("initializer_range", float, 0.02),
     }
 
 
-def _windows(reader: _Reader, family: Family) -> dict[str, Any]:
-    window = reader.get("sliding_window", int)
+def _scales(reader: JsonReader, family: Family) -> dict[str, Any]:
+    fields: dict[str, Any] = {name: reader.get(theirs, float) for name, theirs in family.positive.items()}
+    fields["hidden_act"] = reader.get(family.activation, str, "silu")
+    if family.scaled_embedding:
+        fields["embedding_scale"] = reader.get("hidden_size", int, required=True) ** 0.5
+    return fields
+
+
+def _windows(reader: JsonReader, family: Family) -> dict[str, Any]:
+    window = reader.get("sliding_window", int, required=family.window == "pattern")
     if family.window == "none" or window is None:
         return {}
     if family.window == "all":
         return {"sliding_window": window}
-    if not reader.get("use_sliding_window", bool, False):
+    if family.window == "upper" and not reader.get("use_sliding_window", bool, False):
         return {}
     layers = reader.get("num_hidden_layers", int, required=True)
     kinds = reader.get("layer_types", list)
+    if kinds is None and family.window == "pattern":
+        pattern = reader.get("sliding_window_pattern", int, required=True)
+        return {"sliding_window": window, "sliding_layers": tuple((n + 1) % pattern != 0 for n in range(layers))}
     if kinds is None:
         first = reader.get("max_window_layers", int, 0)
         return {"sliding_window": window, "sliding_layers": tuple(layer >= first for layer in range(layers))}
@@ -217,11 +250,26 @@ def _windows(reader: _Reader, family: Family) -> dict[str, Any]:
     return {"sliding_window": window, "sliding_layers": tuple(kind == "sliding_attention" for kind in kinds)}
 
 
-def _rope(reader: _Reader) -> dict[str, Any]:
+_LAYER_KINDS = ("full_attention", "sliding_attention")
+
+
+def _ropes(reader: JsonReader, family: Family) -> dict[str, Any]:
+    """Rope settings; those that differ by kind of layer are nested under the kinds' names, or have a theta apart."""
     name = "rope_parameters" if reader.values.get("rope_parameters") else "rope_scaling"
     settings = reader.get(name, dict) or {}
-    inner = _Reader(reader.path, settings, {})
-    theta = inner.get("rope_theta", float) or reader.get("rope_theta", float) or 10000.0
+    if not family.sliding_rope:
+        return _rope(reader, name, settings, "rope_theta")
+    nested = set(settings) & set(_LAYER_KINDS)
+    parts = [settings.get(kind) or {} for kind in _LAYER_KINDS] if nested else [settings, {}]
+    if not all(isinstance(part, dict) for part in parts):
+        raise reader.fail(name, f"must hold an object for each of {', '.join(_LAYER_KINDS)}")
+    sliding = _rope(reader, name, parts[1], family.sliding_rope)
+    return {**_rope(reader, name, parts[0], "rope_theta"), **{f"sliding_{key}": of for key, of in sliding.items()}}
+
+
+def _rope(reader: JsonReader, name: str, settings: dict[str, Any], theta_name: str) -> dict[str, Any]:
+    inner = JsonReader(reader.path, settings, {})
+    theta = inner.get("rope_theta", float) or reader.get(theta_name, float) or 10000.0
     for source in (inner, reader):
         if source.get("partial_rotary_factor", float, 1.0) != 1.0:
             raise reader.fail("partial_rotary_factor", "is not 1; rotating a part of each head is not supported")
@@ -247,12 +295,14 @@ def _rope(reader: _Reader) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
-def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The `config.json` of a `DecoderConfig`, in the spelling that both old and new readers understand.
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The `config.json` of a model, in the spelling that both old and new readers understand.
 
     Raises:
       ValueError: the config has a feature that its family's files cannot express.
     """
+    if isinstance(config, EncoderConfig):
+        return encoder_to_hf(config)
     if config.model_type not in FAMILIES:
         raise ValueError(f"model_type {config.model_type!r} is not one of {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[config.model_type]
@@ -266,7 +316,7 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": config.hidden_act,
+        family.activation: config.hidden_act,
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
@@ -278,11 +328,23 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     for ours, flag in family.bias_fields.items():
         if isinstance(flag, str):
             values[flag] = getattr(config, ours)
+    for ours, theirs in family.positive.items():
+        value = getattr(config, ours)
+        values[theirs] = int(value) if ours == "query_scalar" and value == int(value) else value
     if family.window != "none":
         values["sliding_window"] = config.sliding_window
     if family.window == "upper":
         values["use_sliding_window"] = config.sliding_window is not None
-        values["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in config.windows]
+    if family.window in ("upper", "pattern"):
+        values["layer_types"] = [_LAYER_KINDS[window is not None] for window in config.windows]
+    if family.sliding_rope:
+        values[family.sliding_rope] = config.sliding_rope_theta
+    if config.sliding_rope_scaling is not None:
+        values["rope_parameters"] = {
+            kind: {"rope_theta": theta, **(_rope_to_hf(scaling) or {"rope_type": "default"})}
+            for kind, (theta, scaling) in zip(_LAYER_KINDS, config.ropes, strict=True)
+        }
+        del values["rope_scaling"]
     if not same_model(_parse(Path("config.json"), values), config):
         raise ValueError(
             f"a {config.model_type} config.json cannot express this config; choose the model_type whose files can"

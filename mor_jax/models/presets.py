@@ -37,6 +37,13 @@ def _qwen3(*sizes: int, **more: Any) -> dict:
     return _shape(151936, *sizes, **(common | more))
 
 
+def _gemma3(*sizes: int, **more: Any) -> dict:
+    common = {"model_type": "gemma3_text", "rope_theta": 1000000.0, "rope_local_base_freq": 10000.0}
+    common |= {"head_dim": 256, "sliding_window": 1024, "query_pre_attn_scalar": 256, "max_position_embeddings": 131072}
+    return _shape(262208, *sizes, **(common | more))
+
+
+_GEMMA3_ROPE = {"rope_type": "linear", "factor": 8.0}
 PRESETS: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": _llama(
         2048, 8192, 16, 32, 8, head_dim=64, tie_word_embeddings=True, rope_scaling=_LLAMA_31_ROPE | {"factor": 32.0}
@@ -61,6 +68,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "qwen3-4b": _qwen3(2560, 9728, 36, 32, 8, tie_word_embeddings=True),
     "qwen3-8b": _qwen3(4096, 12288, 36, 32, 8),
     "qwen3-32b": _qwen3(5120, 25600, 64, 64, 8),
+    # the text models; the published sizes count the image encoder too
+    "gemma-3-1b": _gemma3(1152, 6912, 26, 4, 1, vocab_size=262144, sliding_window=512, max_position_embeddings=32768),
+    "gemma-3-4b": _gemma3(2560, 10240, 34, 8, 4, rope_scaling=_GEMMA3_ROPE),
+    "gemma-3-12b": _gemma3(3840, 15360, 48, 16, 8, rope_scaling=_GEMMA3_ROPE),
+    "gemma-3-27b": _gemma3(5376, 21504, 62, 32, 16, head_dim=128, query_pre_attn_scalar=168, rope_scaling=_GEMMA3_ROPE),
 }
 
 

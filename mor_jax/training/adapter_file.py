@@ -1,13 +1,14 @@
 """The trained adapter alone, as three files that need nothing of this package to be read.
 
 adapter/adapter.safetensors   "layers/mlp/up_proj/a", …; leaves that no gradient reached under "state:"
-adapter/adapter.json          methods and options by site, base fingerprint, shapes, format version
+adapter/adapter.json          methods and options by site, fingerprint of the base, shapes, checksum of constants
 adapter/manifest.json         checksums, written last
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -61,8 +62,9 @@ def save_adapter(
     beside.mkdir(parents=True)
     tensors = _tensors(leaves)
     save_file(tensors, str(beside / WEIGHTS))
-    description = _describe(plan) | {"shapes": {name: list(value.shape) for name, value in tensors.items()}}
-    description |= dict(metadata or {})
+    description = dict(metadata or {}) | _describe(plan)  # metadata that was read may be that of a larger rank
+    description["shapes"] = {name: list(value.shape) for name, value in tensors.items()}
+    description["constants_sha256"] = constants_sha256(leaves.constants)
     (beside / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
     write_manifest(beside)
     old = directory.with_name(directory.name + ".old")
@@ -91,7 +93,8 @@ def load_adapter(
 
     Raises:
       IntegrityError: a file fails its check.
-      AdapterFileError: the format is newer, the base is another, or names or shapes do not fit.
+      AdapterFileError: the format is newer, the base is another, names or shapes do not fit, or other constants come
+        out than those it was trained with.
     """
     from safetensors.numpy import load_file
 
@@ -110,10 +113,32 @@ def load_adapter(
     if jax.tree.leaves(expected.constants):
         seed = jax.random.fold_in(jax.random.key(int(metadata.get("seed", 0))), 0)
         constants = init_leaves(seed, plan, params).constants
+        _check_constants(directory, metadata, constants)
     loaded = {name: jnp.asarray(tensors[name]) for name, _ in _named(expected)}
     treedef = jax.tree.structure((expected.params, expected.state))
     trees = jax.tree.unflatten(treedef, [loaded[name] for name, _ in _named(expected)])
     return plan, Leaves(trees[0], trees[1], constants), metadata
+
+
+def constants_sha256(constants: Any) -> str:
+    """SHA-256 of all constants in the order of their names, of which dtype, shape and bytes count; "" without any."""
+    found = hashlib.sha256()
+    pairs = jax.tree.leaves_with_path(constants)
+    for path, leaf in pairs:
+        value = np.ascontiguousarray(np.asarray(leaf))
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        found.update(f"{name} {value.dtype.name} {value.shape} ".encode())
+        found.update(value.tobytes())
+    return found.hexdigest() if pairs else ""
+
+
+def _check_constants(directory: Path, metadata: Mapping[str, Any], constants: Any) -> None:
+    stored, rebuilt = metadata.get("constants_sha256"), constants_sha256(constants)
+    if stored != rebuilt:
+        raise AdapterFileError(
+            f"{directory / DESCRIPTION}: constants_sha256={stored!r} and rebuilding the frozen factors gives "
+            f"{rebuilt!r}: they would not be those it was trained with; use the versions it was saved with"
+        )
 
 
 def read_description(directory: str | Path) -> dict[str, Any]:

@@ -18,9 +18,35 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mor_jax.data import DataSource, load_examples, make_iterator, make_plan, parse_sources, single_pass
+from mor_jax.data import (
+    DataSource,
+    Examples,
+    PackingPlan,
+    load_examples,
+    load_labelled,
+    make_iterator,
+    make_plan,
+    parse_sources,
+    single_pass,
+)
 from mor_jax.injection import Adapted, AdapterPlan, resolve_sites
-from mor_jax.models import Decoder, DecoderConfig, abstract_params, head_kernel, load_params, logical_axes, read_config
+from mor_jax.models import (
+    DecoderConfig,
+    EncoderConfig,
+    ModelConfig,
+    abstract_params,
+    head_kernel,
+    logical_axes,
+    make_model,
+    read_config,
+)
+from mor_jax.training.classification import (
+    HEAD,
+    classification_loss,
+    classifier_config,
+    load_base,
+    require_objective,
+)
 from mor_jax.training.config import ConfigError, TrainConfig
 from mor_jax.training.mesh import check_batch, make_mesh, row_ways
 from mor_jax.training.metrics import TargetRow
@@ -49,7 +75,7 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class Run:
-    """What the loop runs; `build_run` makes one for a Hugging Face decoder, anyone may make one for another model.
+    """What the loop runs; `build_run` makes one for a Hugging Face model, anyone may make one for another model.
 
     Attributes:
       config: of the run; the loop reads steps, seed, accumulate, output_dir and the like.
@@ -100,26 +126,33 @@ def build_run(config: TrainConfig, optimizer: optax.GradientTransformation | Non
     if config.compile_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compile_cache).absolute()))
     mesh = choose_mesh(config)
-    shape = decoder_config(config)
-    decoder = Decoder(shape)
+    stored = base_config(config)
+    require_objective(config, stored)
+    batches, eval_batches, tasks, labels = _data(config, stored)
+    shape = classifier_config(stored, labels) if isinstance(stored, EncoderConfig) else stored
+    config = dataclasses.replace(config, labels=labels)
+    model = make_model(shape)
+    head = (HEAD,) if labels and HEAD not in config.trained_modules else ()
     plan = resolve_sites(
-        decoder,
+        model,
         config.adapter(),
         config.target_modules,
         jax.ShapeDtypeStruct((1, 8), jnp.int32),
         overrides=config.override_adapters(),
-        trained_modules=config.trained_modules,
+        trained_modules=(*config.trained_modules, *head),
     )
     optimizer = make_optimizer(config, optimizer, plan_decay_mask(plan))
-    specs = decoder_specs(shape, mesh)
-    batches, eval_batches, tasks = _data(config, shape)
-    params = load_params(config.model, shape, shardings_of(specs, mesh))
-    adapted = Adapted(base=decoder, plan=plan)
-    loss = language_model_loss(adapted, frozen_head(plan, shape), config.loss_chunk * row_ways(mesh))
+    specs = base_specs(shape, mesh)
+    params = load_base(config, stored, shape, shardings_of(specs, mesh))
+    adapted = Adapted(base=model, plan=plan)
+    if isinstance(shape, EncoderConfig):
+        loss = classification_loss(adapted)
+    else:
+        loss = decoder_loss(config, adapted, plan, shape, mesh)
     return Run(config, adapted, params, mesh, specs, loss, optimizer, batches, eval_batches, tasks)
 
 
-def decoder_config(config: TrainConfig) -> DecoderConfig:
+def base_config(config: TrainConfig) -> ModelConfig:
     """The base's shape with the run's dtypes, scan and remat; reads `config.json` only."""
     return dataclasses.replace(
         read_config(config.model),
@@ -130,15 +163,25 @@ def decoder_config(config: TrainConfig) -> DecoderConfig:
     )
 
 
-def decoder_specs(shape: DecoderConfig, mesh: jax.sharding.Mesh) -> Any:
-    """Where a decoder's parameters live: a `PartitionSpec` for each, by the names of its axes.
+def base_specs(shape: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
+    """Where a base's parameters live: a `PartitionSpec` for each, a decoder's by the names of its axes.
 
     Raises:
       MeshError: an axis or the heads do not divide.
     """
-    check_heads(shape.num_heads, shape.num_kv_heads, mesh)
     params = abstract_params(shape)
+    if not isinstance(shape, DecoderConfig):
+        return param_specs(params, mesh)
+    check_heads(shape.num_heads, shape.num_kv_heads, mesh)
     return param_specs(params, mesh, axes=logical_axes(params))
+
+
+def decoder_loss(
+    config: TrainConfig, adapted: Adapted, plan: AdapterPlan, shape: DecoderConfig, mesh: jax.sharding.Mesh
+) -> Loss:
+    """The next-token loss of a run, its chunks counted on each device."""
+    chunk = config.loss_chunk * row_ways(mesh)
+    return language_model_loss(adapted, frozen_head(plan, shape), chunk, shape.logit_softcap)
 
 
 def choose_mesh(config: TrainConfig) -> jax.sharding.Mesh:
@@ -167,30 +210,54 @@ def frozen_head(plan: AdapterPlan, shape: DecoderConfig) -> Callable[[Any], jax.
     return lambda params: head_kernel(params, shape)
 
 
-def _data(
-    config: TrainConfig, shape: DecoderConfig
-) -> tuple[Batches, Callable[[], Iterable[Any]] | None, tuple[str, ...]]:
+Held = Callable[[], Iterable[Any]] | None
+LoadData = Callable[[Sequence[DataSource], Sequence[str] | None], Examples]
+
+
+def _data(config: TrainConfig, shape: ModelConfig) -> tuple[Batches, Held, tuple[str, ...], tuple[str, ...]]:
+    """(training batches, held-out passes or None, tasks, classes or none)."""
     tokenizer = _tokenizer(config.model)
-    mode = "best_fit" if config.packing else "padded"
-    examples = load_examples(parse_sources(config.data), tokenizer, config.sequence_length, config.overlong)
+    labels: tuple[str, ...] = ()
+    sources = parse_sources(config.data)
+    if isinstance(shape, EncoderConfig):
+        length = min(config.sequence_length, shape.max_length)
+        known = config.labels or shape.labels
+        examples, labels = load_labelled(sources, tokenizer, length, config.overlong, labels=known)
+
+        def load(sources, tasks):
+            return load_labelled(sources, tokenizer, length, config.overlong, labels=labels, tasks=tasks)[0]
+
+    else:
+
+        def load(sources, tasks):
+            return load_examples(sources, tokenizer, config.sequence_length, config.overlong, tasks=tasks)
+
+        examples = load(sources, None)
     largest = int(examples.tokens.max())
     if largest >= shape.vocab_size:
         raise ConfigError(f"model={config.model!r}: its tokenizer gives {largest} and vocab_size is {shape.vocab_size}")
     for name in ("truncated", "dropped", "empty"):
         if getattr(examples, name):
             _LOGGER.warning("%d of the examples were %s", getattr(examples, name), name)
-    plan = make_plan(examples, config.sequence_length, config.seed, mode)
+    plan = _row_plan(config, examples)
     batches = make_iterator(examples, plan, config.batch_size, config.seed)
-    if not config.eval_data:
-        return batches, None, examples.tasks
+    held = _held_out(config, load, examples.tasks) if config.eval_data else None
+    return batches, held, examples.tasks, labels
+
+
+def _row_plan(config: TrainConfig, examples: Examples) -> PackingPlan:
+    """Rows of the run's length; labelled examples have a row each, no longer than the longest needs."""
+    if examples.labels is None:
+        return make_plan(examples, config.sequence_length, config.seed, "best_fit" if config.packing else "padded")
+    return make_plan(examples, -(-int(examples.lengths.max()) // 16) * 16, config.seed, "padded")
+
+
+def _held_out(config: TrainConfig, load: LoadData, tasks: tuple[str, ...]) -> Callable[[], Iterable[Any]]:
     sources = parse_sources(config.eval_data)
-    tasks = examples.tasks
     if len(tasks) == 1:
         sources = tuple(dataclasses.replace(source, task=tasks[0]) for source in sources)
-    held_out = [
-        load_examples(own, tokenizer, config.sequence_length, config.overlong, tasks=tasks) for own in _by_task(sources)
-    ]
-    held_plans = [make_plan(examples, config.sequence_length, config.seed, mode) for examples in held_out]
+    held_out = [load(own, tasks) for own in _by_task(sources)]
+    held_plans = [_row_plan(config, examples) for examples in held_out]
     rows = config.batch_size // config.accumulate  # a whole batch might not fit
     most = config.eval_batches * config.accumulate or None
 
@@ -198,7 +265,7 @@ def _data(
         passes = [single_pass(examples, plan, rows) for examples, plan in zip(held_out, held_plans, strict=True)]
         return itertools.islice(_take_turns(passes), most)
 
-    return batches, one_pass, tasks
+    return one_pass
 
 
 def _by_task(sources: Sequence[DataSource]) -> list[tuple[DataSource, ...]]:
@@ -233,8 +300,11 @@ def target_rows(run: Run, adapters: Any) -> list[TargetRow]:
         counted += frozen
         shape = f"{site.num_layers} x ({site.in_features}, {site.out_features})"
         rank = str(getattr(adapted.adapter, "rank", ""))
-        merges = "approximate" if adapted.adapter.routed else "exact"
-        rows.append(_row(run, adapters, site.path, shape, f"{rank} {adapted.adapter.name}".strip(), frozen, merges))
+        true, stored = adapted.adapter.num_params(site), adapted.adapter.padded_params(site)
+        merges = "exact" if adapted.adapter.merges_exactly else "approximate"
+        rank = f"{rank} {adapted.adapter.name}".strip() + (f" ({stored:,} padded)" if stored > true else "")
+        row = _row(run, adapters, site.path, shape, rank, frozen, merges)
+        rows.append(dataclasses.replace(row, trainable=row.trainable - (stored - true)))
     for path, adapted in run.plan.gates.items():
         rows.append(_row(run, adapters, path, f"gate of {adapted.gate_features}", "", 0))
     for path in run.plan.trained_modules:

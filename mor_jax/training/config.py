@@ -44,7 +44,8 @@ class TrainConfig:
     data: tuple[str, ...] = ()  # [TASK=]PATH[:WEIGHT], mixed by weight
     method: str = "mor"  # name in the registry of adapters
     output_dir: str = "runs/mor"  # the run folder
-    objective: Objective = "causal"
+    objective: Objective = "causal"  # or classification, on an encoder: {"text" or "sentence1", "sentence2", "label"}
+    labels: tuple[str, ...] = ()  # classes in the order of their ids; empty takes the model's or the data's
     steps: int = 1000  # optimiser steps
     batch_size: int = 8  # rows of one optimiser step, over all devices and micro-batches
     accumulate: int = 1  # micro-batches a step is computed in; never changes the language-model loss
@@ -87,7 +88,7 @@ class TrainConfig:
 
     def __post_init__(self):
         """Checks each field, then each pair that can contradict."""
-        for name in ("data", "targets", "trained_modules", "adapters", "eval_data"):
+        for name in ("data", "targets", "trained_modules", "adapters", "eval_data", "labels"):
             _check_strings(name, getattr(self, name))
         self._check_counts()
         self._check_rates()
@@ -124,8 +125,8 @@ class TrainConfig:
             "warmup_steps", self.warmup_steps, self.warmup_steps < self.steps or self.steps == 1, "give less than steps"
         )
         _check("targets", self.targets, len(self.targets) > 0, "name at least one module, or all-linear")
-        if self.objective != "causal":
-            raise ConfigError(f"objective={self.objective!r} is not built yet: use causal")
+        good = not self.labels or (self.objective == "classification" and len(set(self.labels)) == len(self.labels) > 1)
+        _check("labels", self.labels, good, "name at least two different classes, for objective=classification only")
         if self.adapters:
             raise ConfigError(
                 f"adapters={self.adapters!r}: starting from trained adapters is not built yet: leave it out"

@@ -9,6 +9,7 @@ is ever saved on top of a step that was not finite.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import logging
 import time
 from collections.abc import Mapping
@@ -23,11 +24,13 @@ import optax
 
 from mor_jax.adapters import Leaves
 from mor_jax.data import DataError
+from mor_jax.optim import Rules, plan_rules
 from mor_jax.training.adapter_file import save_adapter
 from mor_jax.training.build import Run, build_run, target_rows
 from mor_jax.training.checkpoint import Checkpoints, fingerprint
 from mor_jax.training.config import ConfigError, TrainConfig, config_to_mapping
 from mor_jax.training.evaluation import Evaluation, make_evaluation
+from mor_jax.training.events import Events, make_events
 from mor_jax.training.mesh import put_batch
 from mor_jax.training.metrics import (
     MetricsWriter,
@@ -54,7 +57,8 @@ def train(config: TrainConfig, optimizer: optax.GradientTransformation | None = 
       optimizer: made in Python, instead of the one that `config` names.
 
     Returns:
-      `steps` (the last step), `loss` (training mean of the last 10 steps), `trainable_parameters`, `tokens_per_second`
+      `steps` (the last step), `loss` (training mean of the last 10 steps), `trainable_parameters`, `padded_parameters`
+      (entries of the trained leaves, with those that fill ranks up to a static shape), `tokens_per_second`
       (real tokens after step 2; 0 for shorter runs), `step_seconds` (mean, likewise), `output_dir`, and with held-out
       data `eval_loss`, `eval_tokens` and, for several tasks, `eval_loss_by_task`.
 
@@ -99,6 +103,7 @@ class _Loop:
     run: Run
     stop: StopRequest
     step: Step
+    events: Events
     state: TrainState
     constants: Any
     evaluation: Evaluation | None
@@ -126,6 +131,8 @@ class _Loop:
         while self.done < steps:
             self.state, metrics = self.step(self.state, self.run.params, batch)
             self.done += 1
+            self.state, reports = self.events(self.done, self.state, self.run.params, batch)
+            metrics |= {"events": reports} if reports else {}
             previous, self.pending = self.pending, (self.done, tokens, metrics)
             self._report(previous)
             self._do_what_is_due()
@@ -144,7 +151,8 @@ class _Loop:
         return {
             "steps": self.done,
             "loss": float(np.mean(self.losses)),
-            "trainable_parameters": sum(leaf.size for leaf in jax.tree.leaves(self.state.adapters)),
+            "trainable_parameters": run.plan.num_params(),
+            "padded_parameters": sum(leaf.size for leaf in jax.tree.leaves(self.state.adapters)),
             "tokens_per_second": self.rate,
             "step_seconds": self.step_seconds,
             "output_dir": config.output_dir,
@@ -198,6 +206,7 @@ class _Loop:
         if not self.metadata["custom_optimizer"]:
             values["learning_rate"] = self.learning_rates[step - 1]
         values |= {"tokens_per_second": self.rate, "peak_memory_bytes": memory_bytes()}
+        values |= {name: metrics[name] for name in ("penalty", "rank", "events") if name in metrics}
         values |= router_metrics(metrics["statistics"], self.run.tasks)
         if evaluate and self.evaluation is not None:
             started = time.perf_counter()
@@ -215,8 +224,10 @@ def _is_due(step: int, every: int) -> bool:
 def _set_up(run: Run, stop: StopRequest, custom_optimizer: bool) -> _Loop:
     """State, restored or new; the table; compiled programs; then, all being well, the run folder."""
     config = run.config
+    rules = plan_rules(run.plan, config.steps)
+    run = dataclasses.replace(run, optimizer=rules.wrap(run.optimizer))
     key = jax.random.key(config.seed, impl="threefry2x32")
-    state, constants, shardings = init_state(key, run.adapted, run.params, run.optimizer, run.mesh, run.specs)
+    state, constants, shardings = init_state(key, run.adapted, run.params, run.optimizer, run.mesh, run.specs, rules)
     assert shardings is not None  # there is a mesh
     metadata = {
         "config": config_to_mapping(config),
@@ -235,6 +246,10 @@ def _set_up(run: Run, stop: StopRequest, custom_optimizer: bool) -> _Loop:
         constants=constants,
         shardings=shardings,
         adapters=state.adapters,
+        rules=rules,
+    )
+    events = make_events(
+        rules, run.optimizer, loss=run.loss, constants=constants, shardings=shardings, batch=_score_batch(run, rules)
     )
     evaluation = None
     if run.eval_batches is not None:
@@ -247,6 +262,7 @@ def _set_up(run: Run, stop: StopRequest, custom_optimizer: bool) -> _Loop:
         run=run,
         stop=stop,
         step=step,
+        events=events,
         state=state,
         constants=constants,
         evaluation=evaluation,
@@ -258,6 +274,13 @@ def _set_up(run: Run, stop: StopRequest, custom_optimizer: bool) -> _Loop:
         losses=collections.deque(losses, LAST_LOSSES),
         learning_rates=np.asarray(jax.vmap(make_schedule(config))(jnp.arange(config.steps))),
     )
+
+
+def _score_batch(run: Run, rules: Rules) -> Any:
+    """The first held-out batch on the devices, which events score on; None where nothing is held out or scored."""
+    if not rules.events or run.eval_batches is None:
+        return None
+    return put_batch(dict(next(iter(run.eval_batches()))), run.mesh)
 
 
 def _restore(

@@ -19,12 +19,13 @@ import jax.numpy as jnp
 
 from mor_jax.injection import Adapted, AdapterPlan, resolve_sites
 from mor_jax.models import Decoder, DecoderConfig, abstract_params
-from mor_jax.training.build import decoder_specs, frozen_head
+from mor_jax.optim import plan_rules
+from mor_jax.training.build import base_specs, decoder_loss
 from mor_jax.training.config import TrainConfig
 from mor_jax.training.hlo import Traffic, count_flops, measure_traffic
-from mor_jax.training.mesh import MeshError, check_batch, make_mesh, row_ways
+from mor_jax.training.mesh import MeshError, check_batch, make_mesh
 from mor_jax.training.optimizer import make_optimizer, plan_decay_mask
-from mor_jax.training.step import Step, abstract_state, language_model_loss, make_step
+from mor_jax.training.step import Step, abstract_state, make_step
 from mor_jax.training.topology import Chip, Topology
 
 BATCH_FIELDS = ("input_ids", "targets", "loss_mask", "segment_ids", "positions", "task_ids", "prompt_mask")
@@ -91,7 +92,7 @@ def plan_step(
     Raises:
       MeshError, InjectionError: the mesh does not fit the model, or a target matches nothing.
     """
-    specs = decoder_specs(shape, mesh)
+    specs = base_specs(shape, mesh)
     decoder, params = Decoder(shape), abstract_params(shape)
     plan = resolve_sites(
         decoder,
@@ -102,17 +103,19 @@ def plan_step(
         trained_modules=config.trained_modules,
     )
     adapted = Adapted(base=decoder, plan=plan)
-    optimizer = make_optimizer(config, None, plan_decay_mask(plan))
-    state, constants, shardings = abstract_state(adapted, params, optimizer, mesh, specs)
+    rules = plan_rules(plan, config.steps)
+    optimizer = rules.wrap(make_optimizer(config, None, plan_decay_mask(plan)))
+    state, constants, shardings = abstract_state(adapted, params, optimizer, mesh, specs, rules)
     step = make_step(
         adapted,
         optimizer,
-        loss=language_model_loss(adapted, frozen_head(plan, shape), config.loss_chunk * row_ways(mesh)),
+        loss=decoder_loss(config, adapted, plan, shape, mesh),
         accumulate=config.accumulate,
         num_tasks=1,
         constants=constants,
         shardings=shardings,
         adapters=state.adapters,
+        rules=rules,
     )
     rows = jax.ShapeDtypeStruct((config.batch_size, config.sequence_length), jnp.int32)
     return step, (state, params, {name: rows for name in BATCH_FIELDS}), plan

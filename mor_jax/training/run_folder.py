@@ -42,7 +42,11 @@ _FREE = {
     "log_every",
     "compile_cache",
 }
-_CONTENT = {"model", "data"}  # may have moved: the fingerprint and the packing plan tell whether they are the same
+_CONTENT = {
+    "model",
+    "data",
+    "labels",
+}  # may have moved, or been found in the data: the fingerprint and the packing plan tell whether they are the same
 _ROUNDING = {"mesh", "remat", "loss_chunk"}  # the same mathematics in another order
 
 
@@ -73,7 +77,7 @@ def check_same_run(config: TrainConfig, metadata: Mapping[str, Any], custom_opti
     """
     saved, own = metadata["config"], config_to_mapping(config)
     fixed = own.keys() - _FREE - _CONTENT - _ROUNDING
-    if config.schedule == "constant" or custom_optimizer:
+    if (config.schedule == "constant" or custom_optimizer) and _same_rules(config, int(saved["steps"])):
         fixed -= {"steps"}  # no step before the last depends on how many there will be
     for name in own:
         if name in saved and saved[name] != own[name]:
@@ -87,6 +91,12 @@ def check_same_run(config: TrainConfig, metadata: Mapping[str, Any], custom_opti
     if metadata["custom_optimizer"] != custom_optimizer:
         how = "made in Python" if metadata["custom_optimizer"] else "named in its configuration"
         raise ConfigError(f"optimizer: the checkpoint's was {how}: resume with the same one")
+
+
+def _same_rules(config: TrainConfig, steps: int) -> bool:
+    """Whether what the methods do while training is the same in a run of that many steps."""
+    methods = [config.adapter(), *(adapter for _, adapter in config.override_adapters())]
+    return all(method.rules(config.steps) == method.rules(steps) for method in methods)
 
 
 def check_same_base(config: TrainConfig, metadata: Mapping[str, Any], base_fingerprint: str) -> None:

@@ -26,6 +26,7 @@ from jax.sharding import Mesh, PartitionSpec
 from mor_jax.adapters import AdapterInputs, Leaves
 from mor_jax.injection import Adapted, AdapterPlan, adapter_specs, init_leaves, init_probes, prepare_leaves
 from mor_jax.models.logical_axes import RESIDUAL
+from mor_jax.optim import Rules, mean_penalty
 from mor_jax.training.losses import chunked_cross_entropy, cross_entropy
 from mor_jax.training.mesh import batch_sharding, replicated
 from mor_jax.training.sharding import on_mesh, shardings_of, spread
@@ -33,6 +34,9 @@ from mor_jax.training.sharding import on_mesh, shardings_of, spread
 Params = Mapping[str, Any]
 Batch = Mapping[str, Array]
 Loss = Callable[[Mapping[str, Any], Batch, AdapterInputs], tuple[Array, Array]]  # -> (loss sum, token count), float32
+
+
+_RANK = 2**31 - 1  # folded into a step's key for the drawn rank; micro-batches fold in their numbers from 0
 
 
 class NonFiniteError(FloatingPointError):
@@ -105,8 +109,9 @@ def leaf_names(adapters: Any) -> tuple[str, ...]:
 class Step:
     """A compiled step: `step(state, params, batch) -> (state, metrics)`; the state is donated.
 
-    `metrics` holds float32 scalars `loss` (mean over the tokens), `tokens`, `gradient_norm`; int32 `bad_leaf` (an index
-    into `leaf_names`, -1 when all is finite); and `statistics`, {site: {name: sums over tokens}}.
+    `metrics` holds float32 scalars `loss` (mean over the tokens), `tokens`, `gradient_norm` (of loss and penalty) and
+    for some methods `penalty`; int32 `bad_leaf` (an index into `leaf_names`, -1 when all is finite) and for some the
+    drawn `rank`; and `statistics` of the routers, {site: {name: sums over tokens}}.
     """
 
     function: Any
@@ -148,6 +153,7 @@ def init_state(
     optimizer: optax.GradientTransformation,
     mesh: Mesh | None = None,
     specs: Any = None,
+    rules: Rules | None = None,
 ) -> tuple[TrainState, Any, StateShardings | None]:
     """The state before step one, made on the devices where it stays.
 
@@ -155,45 +161,55 @@ def init_state(
       key: typed PRNG key of the run.
       adapted: with a resolved plan.
       params: the frozen base.
-      optimizer: its state is made here.
+      optimizer: its state is made here; wrapped by the rules, where there are any.
       mesh: None leaves everything on the default device.
       specs: pytree of `PartitionSpec` like `params`; needed with a mesh.
+      rules: of the plan, from `plan_rules`; may be left out where no method has rules.
 
     Returns:
       (state, constants of the adapters, shardings or None). The shardings are explicit, so that the second step finds
       what the first compiled.
     """
     plan = _plan(adapted)
-    make = _start(plan, optimizer)
+    rules = _checked_rules(plan, rules)
     if mesh is None:
-        state, constants = jax.jit(make)(key, params)
+        state, constants = jax.jit(_start(plan, optimizer, rules))(key, params)
         return state, constants, None
-    _, _, shardings = abstract_state(adapted, params, optimizer, mesh, specs)
-    state, constants = jax.jit(
-        make, in_shardings=(replicated(mesh), shardings.params), out_shardings=(shardings.state, shardings.constants)
-    )(key, params)
+    _, _, shardings = abstract_state(adapted, params, optimizer, mesh, specs, rules)
+    make = jax.jit(
+        _start(plan, optimizer, rules),
+        in_shardings=(replicated(mesh), shardings.params),
+        out_shardings=(shardings.state, shardings.constants),
+    )
+    state, constants = make(key, params)
     return state, constants, shardings
 
 
 def abstract_state(
-    adapted: Adapted, params: Params, optimizer: optax.GradientTransformation, mesh: Mesh, specs: Any
+    adapted: Adapted,
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    specs: Any,
+    rules: Rules | None = None,
 ) -> tuple[TrainState, Any, StateShardings]:
     """What `init_state` returns, as shapes: nothing is allocated, and `mesh` may be of devices that are not there."""
     plan = _plan(adapted)
+    make = _start(plan, optimizer, _checked_rules(plan, rules))
     key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
-    state, constants = jax.eval_shape(_start(plan, optimizer), key, params)
+    state, constants = jax.eval_shape(make, key, params)
     return state, constants, state_shardings(plan, state, constants, optimizer, specs, mesh)
 
 
-def _start(plan: AdapterPlan, optimizer: optax.GradientTransformation) -> Callable[..., tuple[TrainState, Any]]:
-    """(key, params) -> (state before step one, constants)."""
+def _start(plan: AdapterPlan, optimizer: optax.GradientTransformation, rules: Rules) -> Callable[..., Any]:
+    """(key, params) -> (state before step one, constants of the adapters)."""
 
     def make(key, params):
         leaves = init_leaves(jax.random.fold_in(key, 0), plan, params)
         root = jax.random.key_data(jax.random.fold_in(key, 1))
         opt_state = optimizer.init(leaves.params)
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, leaves.params, leaves.state, opt_state, {}, root), leaves.constants
+        return TrainState(zero, leaves.params, leaves.state, opt_state, rules.init(leaves), root), leaves.constants
 
     return make
 
@@ -236,38 +252,48 @@ def make_step(
     constants: Any = None,
     shardings: StateShardings | None = None,
     adapters: Any = None,
+    rules: Rules | None = None,
 ) -> Step:
     """The compiled training step.
 
     Args:
       adapted: with a resolved plan.
-      optimizer: any optax optimiser, clipping and schedule inside.
+      optimizer: any optax optimiser, clipping and schedule inside, wrapped by the rules where there are any.
       loss: as `language_model_loss` returns it.
       accumulate: micro-batches a batch is split into; row i goes to micro-batch i mod `accumulate`.
       num_tasks: tasks that the router statistics tell apart.
       constants: of `init_state`.
       shardings: of `init_state`; None compiles for wherever the arguments are.
       adapters: (abstract) trained leaves, for the names in `Step.names`.
+      rules: of the plan, from `plan_rules`; may be left out where no method has rules.
     """
     plan = _plan(adapted)
+    rules = _checked_rules(plan, rules)
     tx = optax.with_extra_args_support(optimizer)
     deterministic = not any(site.adapter.dropout for site in plan.sites)
 
     def step(state: TrainState, params, constants, batch):
         leaves = Leaves(state.adapters, state.adapter_state, constants)
-        base = AdapterInputs(deterministic=deterministic, num_tasks=num_tasks)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl="threefry2x32"), state.step)
+        rank = _draw_rank(plan, key)
+        base = AdapterInputs(deterministic=deterministic, num_tasks=num_tasks, rank=rank, noise_step=state.step)
         total, tokens, gradient, statistics = _sums(plan, loss, leaves, params, batch, base, key, accumulate)
         scale = 1.0 / jnp.maximum(tokens, 1.0)
         mean, gradient = total * scale, jax.tree.map(lambda g: g * scale, gradient)
-        updates, opt_state = tx.update(gradient, state.opt_state, state.adapters)
+        penalty, gradient = _add_penalty(plan, leaves, gradient)
+        extra = {} if rank is None else {"rank": rank}
+        updates, opt_state = tx.update(gradient, state.opt_state, state.adapters, **extra)
         bad = _first_bad(mean, gradient, updates)
         new = state._replace(
-            step=state.step + 1, adapters=optax.apply_updates(state.adapters, updates), opt_state=opt_state
+            step=state.step + 1,
+            adapters=optax.apply_updates(state.adapters, updates),
+            opt_state=opt_state,
+            rule_state=rules.observe(state.rule_state, statistics),
         )
         new = jax.tree.map(lambda after, before: jnp.where(bad < 0, after, before), new, state)
         metrics = {"loss": mean, "tokens": tokens, "gradient_norm": optax.tree.norm(gradient), "bad_leaf": bad}
-        return new, metrics | {"statistics": statistics}
+        routed = {path: sums for path, sums in statistics.items() if path in plan.gates or plan[path].adapter.num_gates}
+        return new, metrics | penalty | ({} if rank is None else {"rank": rank}) | {"statistics": routed}
 
     options: dict[str, Any] = {"donate_argnums": 0}
     if shardings is not None:
@@ -281,6 +307,39 @@ def _plan(adapted: Adapted) -> AdapterPlan:
     if adapted.plan is None:
         raise ValueError("training needs Adapted(base, plan=...): resolve_sites makes the plan")
     return adapted.plan
+
+
+def _checked_rules(plan: AdapterPlan, rules: Rules | None) -> Rules:
+    """The rules given, or none where no method has any.
+
+    Raises:
+      ValueError: a method has rules and none were given.
+    """
+    if rules is not None:
+        return rules
+    for site in plan.sites:
+        if site.adapter.rules(1) or site.adapter.learning_rate_ratios:
+            raise ValueError(
+                f"{site.adapter.title} changes leaves while training: make rules = plan_rules(plan, total_steps), wrap "
+                "the optimiser with rules.wrap, and give rules=rules"
+            )
+    return Rules()
+
+
+def _draw_rank(plan: AdapterPlan, key: Array) -> Array | None:
+    """The rank of this step, one for all sites, an int32 scalar; None for methods that draw none."""
+    largest = max(site.adapter.largest_drawn_rank for site in plan.sites)
+    return jax.random.randint(jax.random.fold_in(key, _RANK), (), 1, largest + 1) if largest else None
+
+
+def _add_penalty(plan: AdapterPlan, leaves: Leaves, gradient: Any) -> tuple[dict[str, Array], Any]:
+    """({"penalty": the methods' mean penalty}, the gradient with its own); ({}, gradient) without penalties."""
+    if jax.eval_shape(lambda own: mean_penalty(plan, own), leaves) is None:
+        return {}, gradient
+    value, own = jax.value_and_grad(lambda adapters: mean_penalty(plan, leaves._replace(params=adapters)))(
+        leaves.params
+    )
+    return {"penalty": value}, jax.tree.map(jnp.add, gradient, own)
 
 
 def _first_bad(loss: Array, gradient: Any, updates: Any) -> Array:

@@ -99,7 +99,12 @@ def prepare_environment(name: str) -> None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         return
     accelerator = CHIPS[kind].accelerator.format(chips=count, cores=2 * count)
-    wanted = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": accelerator, "TPU_WORKER_HOSTNAMES": "localhost"}
+    wanted = {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": accelerator,
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }
     for variable, value in wanted.items():
         os.environ.setdefault(variable, value)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")

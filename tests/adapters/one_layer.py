@@ -28,6 +28,12 @@ def small(name, options, **more):
     return make_adapter(name, **{**sizes, **options, **more})
 
 
+def fitting(name, *sizes):
+    """The sizes, rounded up to the multiple that the method's oracle file asks for (1 if it has no MULTIPLE)."""
+    multiple = getattr(oracle(name), "MULTIPLE", 1)
+    return tuple(-(-size // multiple) * multiple for size in sizes)
+
+
 def kernel_of(key, in_features=7, out_features=5, dtype=jnp.float32):
     return Kernel(jax.random.normal(key, (in_features, out_features), dtype) / in_features**0.5)
 
@@ -37,8 +43,10 @@ def site_of(kernel, num_layers=1):
 
 
 def start(adapter, key, kernel, layer=0, block_features=0):
-    """Leaves as training starts with them; a gate at a block, which has leaves of its own, joins the params."""
-    leaves = adapter.init(key, site_of(kernel), jnp.int32(layer), kernel)
+    """Leaves as training starts with them, a gate at a block and what sites share among them, as methods see them."""
+    site = site_of(kernel)
+    both = zip(adapter.init(key, site, jnp.int32(layer), kernel), adapter.shared(key, (site,)), strict=True)
+    leaves = Leaves(*({**own, **shared} for own, shared in both))
     gate = adapter.init_gate(jax.random.fold_in(key, 1), block_features) if adapter.gate_block else {}
     return leaves._replace(params={**leaves.params, **gate})
 

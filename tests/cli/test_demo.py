@@ -180,3 +180,13 @@ def test_learning_rates_are_the_best_of_the_committed_grid():
     for name, rate in run.LEARNING_RATES.items():
         own = {row["learning_rate"]: row["accuracy"]["mean"] for row in rows if row["method"] == name}
         assert own[rate] == max(own.values())
+
+
+def test_the_readme_quotes_the_committed_table(table):
+    readme = (RESULTS.parents[1] / "README.md").read_text()
+    for method in run.METHODS:
+        means = [100 * seed["methods"][method]["accuracy"]["mean"] for seed in table["seeds"]]
+        assert f"{np.mean(means):.1f} ± {np.std(means, ddof=1):.1f} %" in readme
+    for merge in ("mean", "sequential"):
+        assert f"{100 * np.mean([seed['merges'][merge]['accuracy'] for seed in table['seeds']]):.1f} %" in readme
+    assert table["verdicts"]["mean"] == "tie"  # the README's word

@@ -65,7 +65,7 @@ BAD_TRAINING = [
     (["--optimizer", "adamv"], "adamv"),
     (["--mesh", "data=64"], "mesh"),
     (["--mesh", "rows=1"], "rows"),
-    (["--objective", "classification"], "not built yet"),
+    (["--objective", "classification"], "use causal"),
     (["--adapters", "somewhere"], "not built yet"),
     (["--model", "/no/model"], "/no/model"),
     (["--data", "/no/file.jsonl"], "/no/file.jsonl"),

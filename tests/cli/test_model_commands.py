@@ -128,7 +128,7 @@ def test_chat_uses_the_template(capsys, model_dir):
         (["eval", "MODEL", "--data", "/no/file.jsonl"], "/no/file.jsonl"),
         (["eval", "MODEL", "--data", "BAD"], "bad.jsonl:2"),
         (["eval", "MODEL", "--data", "BAD", "--task", "choice"], "options"),
-        (["eval", "MODEL", "--data", "BAD", "--task", "classification"], "not built yet"),
+        (["eval", "MODEL", "--data", "BAD", "--task", "classification"], "no classification head"),
         (["merge", "MODEL", "--output-dir", "OUT"], "config.yaml"),
         (["export", "MODEL", "--output-dir", "OUT"], "config.yaml"),
     ],

@@ -18,7 +18,9 @@ def model_folder(name: str) -> Path:
         if not folder.is_dir():
             pytest.skip(f"the real models are not on this machine: {folder} (from MOR_MODELS) does not exist")
         return folder
-    if (CACHE / name / "golden.json").is_file():
+    if (CACHE / name / "golden.json").is_file() or (
+        name == "minilm" and (CACHE / name / "model.safetensors").is_file()
+    ):
         return CACHE / name
     if not SCRIPT.is_file():
         pytest.skip(f"the real models are not on this machine: neither {CACHE / name} nor {SCRIPT}; set MOR_MODELS")
@@ -27,6 +29,12 @@ def model_folder(name: str) -> Path:
         reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
         pytest.skip(f"the real models are not on this machine: {SCRIPT.name} {name} failed: {reason}")
     return Path(result.stdout.strip().splitlines()[-1].split("\t")[1])
+
+
+@pytest.fixture(scope="module")
+def minilm_folder():
+    """The folder of all-MiniLM-L6-v2."""
+    return model_folder("minilm")
 
 
 @pytest.fixture(scope="module", params=["stories260k", "smollm2"])

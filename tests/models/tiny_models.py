@@ -59,6 +59,44 @@ FAMILIES = {
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
+    # caps and scalar small enough to matter for tiny logits
+    "gemma2": (
+        "Gemma2Config",
+        {
+            "head_dim": 12,
+            "sliding_window": 5,
+            "query_pre_attn_scalar": 8,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 4.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    # no multiple of the pattern of five layers with a window and one without
+    "gemma3_eight_layers": (
+        "Gemma3TextConfig",
+        {
+            "num_hidden_layers": 8,
+            "head_dim": 16,
+            "sliding_window": 5,
+            "query_pre_attn_scalar": 20,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            },
+        },
+    ),
+    "gemma3_capped_untied": (
+        "Gemma3TextConfig",
+        {
+            "num_hidden_layers": 3,
+            "head_dim": 8,
+            "sliding_window": 4,
+            "attention_bias": True,
+            "final_logit_softcapping": 4.0,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        },
+    ),
 }
 
 
@@ -107,9 +145,10 @@ def make_pair(name: str, directory) -> Pair:
 
     torch.manual_seed(sum(map(ord, name)))
     model = transformers.AutoModelForCausalLM.from_config(settings_of(name), dtype=torch.float32).eval()
+    norm_start = 0.0 if name.startswith("gemma") else 1.0  # Gemma's norms multiply by 1 + weight
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in parameter_name else 0.0, 0.2)
+            parameter.normal_(norm_start if "norm" in parameter_name else 0.0, 0.2)
     model.save_pretrained(directory)
     config = read_config(directory)
     return Pair(name, model, directory, config, load_params(directory, config), jitted_forward(config))

@@ -90,7 +90,8 @@ def test_a_broken_file_is_named(tmp_path, text, message):
         ({"method": "lora", "num_experts": 4}, "method='lora': .*num_experts"),
         ({"rank": 4, "options": {"router": "best"}}, "router"),
         ({"overrides": {"q_proj": {"rnk": 4}}}, r"overrides\['q_proj'\]"),
-        ({"objective": "classification"}, "objective='classification' is not built yet"),
+        ({"labels": ("no", "yes")}, "labels=.* objective=classification only"),
+        ({"objective": "classification", "labels": ("yes", "yes")}, "labels=.*two different"),
         ({"adapters": ("run/adapter",)}, "adapters=.* not built yet"),
     ],
 )

@@ -17,7 +17,7 @@ from mor_jax.injection import Adapted
 from mor_jax.models import Decoder
 from mor_jax.training import TrainConfig, build_run, load_config, run_training, save_config, train
 from mor_jax.training.adapter_file import load_adapter, read_description
-from mor_jax.training.build import decoder_config
+from mor_jax.training.build import base_config
 from mor_jax.training.checkpoint import Checkpoints
 from mor_jax.training.integrity import IntegrityError, verify_manifest
 from mor_jax.training.losses import cross_entropy
@@ -80,7 +80,7 @@ def test_evaluation_is_where_it_was_asked_for_and_equals_a_loss_over_whole_logit
     assert [line["step"] for line in written if "eval_loss" in line] == [3, 6, 8]
     assert written[-1]["eval_loss"] == result["eval_loss"]
     config = load_config(run / "config.yaml")
-    shape = decoder_config(config)
+    shape = base_config(config)
     params = build_run(config).params
     plan, leaves, _ = load_adapter(run / "adapter", Decoder(shape), params, jax.ShapeDtypeStruct((1, 8), jnp.int32))
     adapted, sums = Adapted(base=Decoder(shape), plan=plan), {}

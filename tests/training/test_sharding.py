@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from mor_jax.models import DecoderConfig, abstract_params, logical_axes
 from mor_jax.models.hf_config import FAMILIES
-from mor_jax.training.build import decoder_specs
+from mor_jax.training.build import base_specs
 from mor_jax.training.mesh import MeshError, make_mesh
 from mor_jax.training.sharding import ShardingRules, param_specs, spread
 
@@ -55,14 +55,14 @@ def test_each_axis_is_split_as_the_table_says():
     config = DecoderConfig(
         vocab_size=512, hidden_size=128, intermediate_size=256, num_layers=2, num_heads=8, num_kv_heads=4
     )
-    specs = decoder_specs(config, make_mesh("data=2,fsdp=2,tensor=2"))
+    specs = base_specs(config, make_mesh("data=2,fsdp=2,tensor=2"))
     layer = specs["layers"]
     assert specs["embed_tokens"]["embedding"] == PartitionSpec("tensor", "fsdp")
     assert specs["lm_head"]["kernel"] == PartitionSpec("fsdp", "tensor")
     assert layer["self_attn"]["k_proj"]["kernel"] == PartitionSpec(None, "fsdp", "tensor")
     assert layer["mlp"]["down_proj"]["kernel"] == PartitionSpec(None, "tensor", "fsdp")
     assert specs["norm"]["scale"] == PartitionSpec()
-    only = decoder_specs(config, make_mesh("fsdp=8"))["layers"]["mlp"]["down_proj"]["kernel"]
+    only = base_specs(config, make_mesh("fsdp=8"))["layers"]["mlp"]["down_proj"]["kernel"]
     assert only == PartitionSpec(None, None, "fsdp")
 
 
@@ -78,9 +78,9 @@ def test_every_parameter_of_every_family_has_named_axes(family, scan_layers):
 def test_an_axis_that_does_not_divide_is_named_with_parameter_and_sizes():
     config = dataclasses.replace(CONFIG, vocab_size=4099, hidden_size=64)
     with pytest.raises(MeshError, match=r"embed_tokens/embedding of shape \(4099, 64\): 4099 .* tensor=2"):
-        decoder_specs(config, make_mesh("fsdp=4,tensor=2"))
+        base_specs(config, make_mesh("fsdp=4,tensor=2"))
     with pytest.raises(MeshError, match=r"tensor=4 does not divide 4 heads and 2 .* a divisor of 2"):
-        decoder_specs(CONFIG, make_mesh("tensor=4"))
+        base_specs(CONFIG, make_mesh("tensor=4"))
 
 
 def test_rules_that_collide_or_are_unknown_are_errors():

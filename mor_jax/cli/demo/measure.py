@@ -17,7 +17,7 @@ from mor_jax.adapters import AdapterInputs
 from mor_jax.data import load_examples, make_plan, parse_sources, single_pass
 from mor_jax.injection import Adapted, init_probes
 from mor_jax.merging.calibration import through_probes
-from mor_jax.models import Decoder, DecoderConfig
+from mor_jax.models import ModelConfig, make_model
 
 ROW = 24  # tokens; the longest example has 22
 SHUFFLES = 199  # of the control
@@ -42,8 +42,8 @@ def _inputs(batch: Mapping[str, Any], **changed: Any) -> AdapterInputs:
 class Forward:
     """Compiled passes of one structure: the decoder, or the decoder with the adapters of one plan."""
 
-    def __init__(self, config: DecoderConfig, plan: Any = None):
-        decoder = Decoder(config)
+    def __init__(self, config: ModelConfig, plan: Any = None):
+        decoder = make_model(config)
         self.plan = plan
         self._module = decoder if plan is None else Adapted(base=decoder, plan=plan)
         self._logits = jax.jit(self._run)

@@ -26,7 +26,7 @@ from mor_jax.merging import (
     merge,
     merge_changes,
 )
-from mor_jax.models import Decoder
+from mor_jax.models import make_model
 from mor_jax.training.config import TrainConfig
 
 BASE = Path(__file__).parent / "base"
@@ -133,7 +133,7 @@ def measure_merges(
     The default has the smallest KL on the validation rows; a merge for one task is for that task, never the default.
     """
     live, rows = fitted.live, parts["held_out"].rows
-    model, call = Decoder(live.config), functools.partial(language_model_call, num_tasks=len(NAMES))
+    model, call = make_model(live.config), functools.partial(language_model_call, num_tasks=len(NAMES))
     leaves, plan = live.leaves, live.plan
     assert leaves is not None
     assert plan is not None

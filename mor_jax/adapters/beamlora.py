@@ -1,0 +1,176 @@
+"""BeamLoRA (arXiv 2502.13604; the authors' code): ranks weigh themselves, weak ones become copies of strong ones.
+
+    p = r softmax(gamma / tau), gamma 0 at the start and trained like a and b;  delta = s ((x a) * p) b, s = alpha / r
+
+Every T steps, while T steps are left: all p of all sites are sorted, and ranks past the share t(step) of their sum are
+pruned, t(step) = 1 - (1 - P0)(1 + cos(pi step / E)) / 2, 1 after E. In a site with K pruned ranks (at most r // 2, the
+weakest first) its K strongest, randomly paired with them, donate their column of a and row of b as they were T / 2
+steps ago; both gammas of a pair become their mean. So p sums to r always, and the start is exactly LoRA's.
+
+From the code: tau 0.05 (use 0.03 below a learning rate of 1e-4), P0 0.95, E = 2/3 of the steps, the history of T / 2.
+Ours: T = 1/12 of the steps; the moments of the donated factors are really copied (the released code's copy is a no-op)
+and those of both gammas of a pair are set to 0; a rank is pruned when the ranks before it already reach the share.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site, kaiming_uniform
+from mor_jax.adapters.diagonal import DiagonalLoRA
+from mor_jax.adapters.rules import Event, EventCall, EventResult, SiteArrays, SiteLeaves
+
+
+def pruned_counts(weights: Array, threshold: Array) -> Array:
+    """K of each site, (sites,) int32, for p: (sites, rank): ranks whose stronger ones already hold the share."""
+    flat = weights.ravel()
+    order = jnp.argsort(-flat)
+    before = jnp.cumsum(flat[order]) - flat[order]
+    pruned = (before >= threshold * weights.size) & (threshold < 1)
+    lost = jnp.zeros(flat.size, jnp.int32).at[order].set(pruned.astype(jnp.int32)).reshape(weights.shape)
+    return jnp.minimum(lost.sum(1), weights.shape[1] // 2)
+
+
+def pair_ranks(key: Array, weights: Array, count: Array) -> tuple[Array, Array]:
+    """(source, partner) of each rank of one site, both (rank,) int32 and a rank's own index where it is in no pair.
+
+    The ``count`` weakest ranks are paired with the ``count`` strongest at random; source is the donor of a weak rank,
+    partner the other one of a pair.
+    """
+    rank = weights.shape[0]
+    place = jnp.arange(rank)
+    strongest = jnp.argsort(-weights)
+    weakest = jnp.flip(strongest)
+    paired = place < count
+    drawn = jnp.argsort(jnp.where(paired, jax.random.uniform(key, (rank,)), 2.0))  # shuffles the first ``count``
+    donor = strongest[drawn]
+    source = place.at[weakest].set(jnp.where(paired, donor, weakest))
+    partner = source.at[jnp.where(paired, donor, rank)].set(weakest, mode="drop")
+    return source, partner
+
+
+def copy_ranks(leaf: str, value: Array, source: Array, old: Array) -> Array:
+    """a: (layers, in, rank) or b: (layers, rank, out) with the ranks that have a source copied from ``old``."""
+    copied = source != jnp.arange(source.shape[1])
+    if leaf == "a":
+        return jnp.where(copied[:, None, :], jnp.take_along_axis(old, source[:, None, :], 2), value)
+    return jnp.where(copied[:, :, None], jnp.take_along_axis(old, source[:, :, None], 1), value)
+
+
+@dataclass(frozen=True)
+class ExpandStrong(Event):
+    """Remembers the factors T / 2 steps before each move, then moves."""
+
+    name: ClassVar[str] = "expand"
+
+    interval: int  # T
+    total_steps: int
+    rank: int
+    temperature: float
+    first_share: float  # P0
+    end: float  # E, steps
+
+    def moves(self, step: int) -> bool:
+        """Whether ranks are moved after ``step``; otherwise a due step only remembers."""
+        return step > 0 and step % self.interval == 0 and self.total_steps - step >= self.interval
+
+    def due(self, step: int) -> bool:
+        """Every interval, and half of one before each."""
+        return self.moves(step) or self.moves(step + self.interval // 2)
+
+    def threshold(self, step: Array | float) -> Array:
+        """t(step)."""
+        share = jnp.minimum(jnp.asarray(step, jnp.float32) / self.end, 1.0)
+        return 1 - (1 - self.first_share) * (1 + jnp.cos(math.pi * share)) / 2
+
+    def init(self, leaves: SiteLeaves) -> SiteArrays:
+        """{path: {"a", "b"}}: the factors as they are remembered."""
+        return {path: {"a": own.params["a"], "b": own.params["b"]} for path, own in leaves.items()}
+
+    def apply(self, call: EventCall) -> EventResult:
+        """Remembers or moves, by the step."""
+        move = call.step % self.interval == 0
+        gammas = jnp.concatenate([own.params["gamma"] for own in call.leaves.values()])
+        weights = self.rank * jax.nn.softmax(gammas / self.temperature, axis=-1)
+        counts = jnp.where(move, pruned_counts(weights, self.threshold(call.step)), 0)
+        sources, partners = jax.vmap(pair_ranks)(jax.random.split(call.key, len(weights)), weights, counts)
+        leaves, state, pairs, start = {}, {}, {}, 0
+        for path, own in call.leaves.items():
+            rows = slice(start, start + own.params["gamma"].shape[0])
+            source, partner = pairs[path] = sources[rows], partners[rows]
+            start, history, params = rows.stop, call.state[path], dict(own.params)
+            for leaf in ("a", "b"):
+                params[leaf] = copy_ranks(leaf, own.params[leaf], source, history[leaf])
+            gamma = own.params["gamma"]
+            mean = (gamma + jnp.take_along_axis(gamma, partner, 1)) / 2
+            params["gamma"] = jnp.where(partner == jnp.arange(self.rank), gamma, mean)
+            leaves[path] = own._replace(params=params)
+            state[path] = {leaf: jnp.where(move, history[leaf], own.params[leaf]) for leaf in ("a", "b")}
+
+        def moments(path: str, leaf: str, moment: Array) -> Array:
+            source, partner = pairs[path]
+            if leaf == "gamma":
+                return jnp.where(partner == jnp.arange(self.rank), moment, jnp.zeros_like(moment))
+            return copy_ranks(leaf, moment, source, moment)
+
+        return EventResult(leaves, state, moments, {"moved": counts.sum()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeamLoRA(DiagonalLoRA):
+    """Beam search over ranks."""
+
+    name: ClassVar[str] = "beamlora"
+    title: ClassVar[str] = "BeamLoRA"
+    paper: ClassVar[str] = "2502.13604"
+
+    alpha: float = 16.0  # numerator of the scale s = alpha / rank
+    temperature: float = 0.05  # tau
+    interval: int = 0  # T, steps between moves; 0 is a twelfth of the run
+    first_share: float = 0.95  # P0, of the sum of p that is kept at the start
+    end_fraction: float = 2 / 3  # E, of the steps, after which nothing is pruned
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the field that is out of range."""
+        super().__post_init__()
+        self.require_positive("alpha", "temperature")
+        if self.interval < 0 or self.interval == 1:
+            raise ValueError(f"BeamLoRA.interval must be 0 or at least 2, got {self.interval}")
+        for name in ("first_share", "end_fraction"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"BeamLoRA.{name} must be in (0, 1], got {getattr(self, name)}")
+
+    @property
+    def rule(self) -> str:
+        """In a word."""
+        return "expansion"
+
+    def init(self, key: Array, site: Site, layer: Array, kernel: Kernel) -> Leaves:
+        """{"a": (in, rank) uniform, "b": (rank, out) zero, "gamma": (rank,) zero}, float32."""
+        a = kaiming_uniform(key, site.in_features, (site.in_features, self.rank))
+        b = jnp.zeros((self.rank, site.out_features), jnp.float32)
+        return Leaves({"a": a, "b": b, "gamma": jnp.zeros(self.rank, jnp.float32)})
+
+    def rank_weights(self, leaves: Leaves, inputs: AdapterInputs) -> Array:
+        """s p, which sums to alpha."""
+        return self.alpha * jax.nn.softmax(leaves.params["gamma"] / self.temperature)
+
+    def rules(self, total_steps: int) -> tuple[Event, ...]:
+        """The history and the moves."""
+        interval = self.interval or max(2, round(total_steps / 12))
+        end = self.end_fraction * total_steps
+        return (ExpandStrong(interval, total_steps, self.rank, self.temperature, self.first_share, end),)
+
+    def num_params(self, site: Site) -> int:
+        """rank (in + out + 1) a layer."""
+        return super().num_params(site) + site.num_layers * self.rank
+
+    def logical_axes(self, site: Site) -> dict[str, tuple[str | None, ...]]:
+        """a follows the kernel's inputs, b its outputs."""
+        return {**super().logical_axes(site), "gamma": (None,)}

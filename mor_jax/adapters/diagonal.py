@@ -1,0 +1,61 @@
+"""LoRA with a weight for each rank: delta = ((x a) * w) b. What w is made of is all that the methods differ in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jax import Array
+
+from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagonalLoRA(Adapter):
+    """Interface of methods with a: (in, width), b: (width, out) and w: (width,); they define init and rank_weights."""
+
+    rank: int = 8  # columns of a, rows of b
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the field that is out of range."""
+        super().__post_init__()
+        self.require_positive("rank")
+
+    @property
+    def width(self) -> int:
+        """Columns of a and rows of b as they are stored."""
+        return self.rank
+
+    def rank_weights(self, leaves: Leaves, inputs: AdapterInputs) -> Array:
+        """w: (width,) float32, scale included; 0 where a rank is off."""
+        raise TypeError(f"{type(self).__name__} must define rank_weights")
+
+    def input_factor(self, leaves: Leaves) -> Array:
+        """a: (in, width)."""
+        return leaves.params["a"]
+
+    def delta(
+        self,
+        leaves: Leaves,
+        x: Array,
+        base_output: Array,
+        kernel: Kernel,
+        gates: Array | None,
+        inputs: AdapterInputs,
+    ) -> Array:
+        """(x a) (w * b) for x a: (..., width), as (..., out); w * b is formed in float32 and rounded once."""
+        dtype = base_output.dtype
+        weighted = self.rank_weights(leaves, inputs)[:, None] * leaves.params["b"]
+        return x.astype(dtype) @ weighted.astype(dtype)
+
+    def num_params(self, site: Site) -> int:
+        """width (in + out) a layer."""
+        return site.num_layers * self.width * (site.in_features + site.out_features)
+
+    def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
+        """W + a (w * b), exactly."""
+        weighted = self.rank_weights(leaves, AdapterInputs())[:, None] * leaves.params["b"]
+        return kernel.replace(kernel.dense() + leaves.params["a"] @ weighted)
+
+    def logical_axes(self, site: Site) -> dict[str, tuple[str | None, ...]]:
+        """a follows the kernel's inputs, b its outputs."""
+        return {"a": ("in", None), "b": (None, "out")}

@@ -1,0 +1,103 @@
+"""MELoRA (arXiv 2402.17263, eq. 3; the authors' code): n small LoRAs side by side, each on its own slice of x and y.
+
+    y = x W + concat_i s (x_i a_i) b_i        a_i: (in / n, r), b_i: (r, out / n), s = alpha / r
+
+The change is block diagonal, so n mini LoRAs of rank r reach rank n r with the r (in + out) parameters of *one* LoRA of
+rank r. n = 1 is LoRA.
+
+From the paper and its code: all of the above, a uniform in the fan-in in / n, b 0, so the model starts unchanged. Ours:
+the defaults n = 2, r = 8, alpha = 16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jax import Array
+
+from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, Site, kaiming_uniform
+
+
+@dataclass(frozen=True, kw_only=True)
+class MELoRA(Adapter):
+    """Mini-ensemble of low-rank adapters."""
+
+    name: ClassVar[str] = "melora"
+    title: ClassVar[str] = "MELoRA"
+    paper: ClassVar[str] = "2402.17263"
+
+    rank: int = 8  # of each mini LoRA
+    alpha: float = 16.0  # numerator of the scale s = alpha / rank
+    num_minis: int = 2  # n, which divides in and out of every site
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the field that is out of range."""
+        super().__post_init__()
+        self.require_positive("rank", "alpha", "num_minis")
+
+    @property
+    def scale(self) -> float:
+        """s."""
+        return self.alpha / self.rank
+
+    def _slices(self, site: Site) -> tuple[int, int]:
+        """(in / n, out / n).
+
+        Raises:
+            ValueError: if n does not divide them.
+        """
+        for name, size in (("in_features", site.in_features), ("out_features", site.out_features)):
+            if size % self.num_minis:
+                raise ValueError(
+                    f"{site.path}: MELoRA.num_minis = {self.num_minis} does not divide {name} = {size}; "
+                    "choose a divisor of both, or leave the site out of the targets"
+                )
+        return site.in_features // self.num_minis, site.out_features // self.num_minis
+
+    def init(self, key: Array, site: Site, layer: Array, kernel: Kernel) -> Leaves:
+        """{"a": (n, in / n, rank), "b": (n, rank, out / n)}, float32, a uniform in its fan-in in / n and b 0.
+
+        Raises:
+            ValueError: if n does not divide in and out.
+        """
+        rows, columns = self._slices(site)
+        a = kaiming_uniform(key, rows, (self.num_minis, rows, self.rank))
+        return Leaves({"a": a, "b": jnp.zeros((self.num_minis, self.rank, columns), jnp.float32)})
+
+    def delta(
+        self,
+        leaves: Leaves,
+        x: Array,
+        base_output: Array,
+        kernel: Kernel,
+        gates: Array | None,
+        inputs: AdapterInputs,
+    ) -> Array:
+        """concat_i s (x_i a_i) b_i for x: (..., in), as (..., out)."""
+        a, b, dtype = leaves.params["a"], leaves.params["b"] * self.scale, base_output.dtype
+        slices = x.reshape(*x.shape[:-1], self.num_minis, -1)
+        hidden = jnp.einsum("...ni,nir->...nr", slices.astype(dtype), a.astype(dtype))
+        return jnp.einsum("...nr,nro->...no", hidden, b.astype(dtype)).reshape(*x.shape[:-1], -1)
+
+    def num_params(self, site: Site) -> int:
+        """rank (in + out) a layer, whatever n.
+
+        Raises:
+            ValueError: if n does not divide in and out.
+        """
+        rows, columns = self._slices(site)
+        return site.num_layers * self.num_minis * self.rank * (rows + columns)
+
+    def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
+        """W plus the block-diagonal matrix of the s a_i b_i, exactly."""
+        count, (rows, columns) = self.num_minis, kernel.shape
+        blocks = self.scale * leaves.params["a"] @ leaves.params["b"]
+        own = jnp.arange(count)
+        change = jnp.zeros((count, rows // count, count, columns // count)).at[own, :, own, :].set(blocks)
+        return kernel.replace(kernel.dense() + change.reshape(rows, columns))
+
+    def logical_axes(self, site: Site) -> dict[str, tuple[str | None, ...]]:
+        """The slices of in and out are cut by mini LoRA, so no axis follows the kernel's."""
+        return {"a": (None, None, None), "b": (None, None, None)}

@@ -1,0 +1,107 @@
+"""What a method does while training beside following its gradient, as pure functions without optax.
+
+``UpdateTransform`` works on one leaf inside every optimiser step: it may mask the gradient, keep running sums of it and
+change the update. ``Event`` rewrites a whole model's leaves on a few steps. A method returns them from
+``Adapter.rules``; ``mor_jax.optim`` wraps the first around an optimiser and runs the second on a training state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from jax import Array
+
+from mor_jax.adapters.base import Leaves
+
+SiteLeaves = dict[str, Leaves]  # by site path; every array has exactly one leading layer axis
+SiteArrays = dict[str, dict[str, Array]]  # {site path: {name: (layers, ...)}}
+
+
+@dataclass(frozen=True)
+class UpdateTransform:
+    """A change of gradients and updates, leaf by leaf. Leaves are told apart by name; layer axes lead.
+
+    Attributes:
+        accumulators: Names of running arrays, one of each for every leaf, float32 and 0 at the start.
+        scalars: Names of extra arguments that the optimiser's ``update`` must be given.
+    """
+
+    accumulators: ClassVar[tuple[str, ...]] = ()
+    scalars: ClassVar[tuple[str, ...]] = ()
+
+    def accumulate(self, param: Array, gradient: Array, kept: Mapping[str, Array]) -> dict[str, Array]:
+        """The accumulators of one leaf after this step, from the raw gradient at ``param``."""
+        return dict(kept)
+
+    def gradient(self, leaf: str, gradient: Array, scalars: Mapping[str, Array]) -> Array:
+        """What the optimiser sees instead of the gradient of the leaf named ``leaf``."""
+        return gradient
+
+    def update(self, leaf: str, update: Array, scalars: Mapping[str, Array]) -> Array:
+        """What is added to the leaf instead of the optimiser's update."""
+        return update
+
+
+class EventCall(NamedTuple):
+    """What an event is given.
+
+    Attributes:
+        leaves: Of the method's sites.
+        state: The rule's own, as ``Event.init`` laid it out.
+        accumulated: {accumulator: {path: {leaf: array}}} of the method's ``UpdateTransform``.
+        key: A PRNG key of this step and rule.
+        step: int32 scalar, optimiser steps done.
+        score: Leaves of the method's sites -> scalar, higher is better, on a development batch.
+    """
+
+    leaves: SiteLeaves
+    state: Any
+    accumulated: Mapping[str, SiteArrays]
+    key: Array
+    step: Array
+    score: Callable[[SiteLeaves], Array]
+
+
+class EventResult(NamedTuple):
+    """What an event leaves behind.
+
+    Attributes:
+        leaves: With every changed value written exactly.
+        state: The rule's own.
+        moments: (path, leaf, moment (layers, ...)) -> moment: how the optimiser's moments follow; None keeps them.
+        report: Small arrays for the log.
+    """
+
+    leaves: SiteLeaves
+    state: Any
+    moments: Callable[[str, str, Array], Array] | None = None
+    report: dict[str, Array] = {}
+
+
+@dataclass(frozen=True)
+class Event:
+    """A pure rewrite of leaves, rule state and moments, run right after the updates of the steps that are due.
+
+    Attributes:
+        name: In the log, and in the rule's PRNG key.
+    """
+
+    name: ClassVar[str] = ""
+
+    def due(self, step: int) -> bool:
+        """Whether the event happens after optimiser step ``step``, counted from 1."""
+        raise TypeError(f"{type(self).__name__} must define due")
+
+    def init(self, leaves: SiteLeaves) -> SiteArrays:
+        """The rule's state before the first step."""
+        return {}
+
+    def observe(self, state: SiteArrays, statistics: SiteArrays) -> SiteArrays:
+        """The state after one more optimiser step, due or not, from the sites' statistics summed over its tokens."""
+        return state
+
+    def apply(self, call: EventCall) -> EventResult:
+        """The event itself: no Python branches on arrays, shapes unchanged."""
+        raise TypeError(f"{type(self).__name__} must define apply")

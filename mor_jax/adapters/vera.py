@@ -1,0 +1,92 @@
+"""VeRA (arXiv 2310.11454, eq. 2; PEFT's code): random factors shared by the whole model, two trained vectors a site.
+
+    y = x W + ((x a) * d) b * lam_b        a: (in, r), b: (r, out) frozen; d: (r,), lam_b: (out,) trained
+
+a and b are drawn once a model, as large as its largest site needs, and every site reads the upper left part that fits:
+a[:in], b[:, :out]. They are rebuilt from ``seed`` and never saved, so a site costs r + out numbers instead of
+r (in + out), and the rank can be large. There is no alpha; d starts at 0.1 and lam_b at 0, so the model starts
+unchanged.
+
+From the paper: equation, both starts, rank 256 (its RoBERTa runs). From the released code: a and b Kaiming-uniform with
+gain sqrt(2) over the fan-in of the largest shape, that is U(-sqrt(6 / fan), sqrt(6 / fan)). Ours: ``seed``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jax import Array
+
+from mor_jax.adapters.base import (
+    Adapter,
+    AdapterInputs,
+    Kernel,
+    Leaves,
+    Site,
+    constants_key,
+    rebuildable_uniform,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeRA(Adapter):
+    """Vector-based random matrix adaptation."""
+
+    name: ClassVar[str] = "vera"
+    title: ClassVar[str] = "VeRA"
+    paper: ClassVar[str] = "2310.11454"
+
+    rank: int = 256  # columns of a, rows of b
+    d_initial: float = 0.1  # every entry of d at the start
+    seed: int = 0  # of the shared factors, apart from the run's own seed
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the field that is out of range."""
+        super().__post_init__()
+        self.require_positive("rank", "d_initial")
+
+    def init(self, key: Array, site: Site, layer: Array, kernel: Kernel) -> Leaves:
+        """{"d": (rank,), "lam_b": (out,)}, float32: d_initial and 0."""
+        d = jnp.full((self.rank,), self.d_initial, jnp.float32)
+        return Leaves({"d": d, "lam_b": jnp.zeros((site.out_features,), jnp.float32)})
+
+    def shared(self, key: Array, sites: tuple[Site, ...]) -> Leaves:
+        """Constants {"a": (largest in, rank), "b": (rank, largest out)}, float32, from ``seed`` alone."""
+        rows, columns = max(s.in_features for s in sites), max(s.out_features for s in sites)
+        a = rebuildable_uniform(constants_key(self.seed, 0), (6 / rows) ** 0.5, (rows, self.rank))
+        b = rebuildable_uniform(constants_key(self.seed, 1), (6 / self.rank) ** 0.5, (self.rank, columns))
+        return Leaves({}, {}, {"a": a, "b": b})
+
+    def delta(
+        self,
+        leaves: Leaves,
+        x: Array,
+        base_output: Array,
+        kernel: Kernel,
+        gates: Array | None,
+        inputs: AdapterInputs,
+    ) -> Array:
+        """((x a) * d) b * lam_b for x: (..., in), as (..., out)."""
+        a, b = self._factors(leaves, kernel)
+        dtype = base_output.dtype
+        hidden = jnp.matmul(x, a.astype(x.dtype), preferred_element_type=jnp.float32) * leaves.params["d"]
+        return (hidden.astype(dtype) @ b.astype(dtype)) * leaves.params["lam_b"].astype(dtype)
+
+    def _factors(self, leaves: Leaves, kernel: Kernel) -> tuple[Array, Array]:
+        in_features, out_features = kernel.shape
+        return leaves.constants["a"][:in_features], leaves.constants["b"][:, :out_features]
+
+    def num_params(self, site: Site) -> int:
+        """Rank + out a layer."""
+        return site.num_layers * (self.rank + site.out_features)
+
+    def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
+        """W + (a * d) b * lam_b, exactly."""
+        a, b = self._factors(leaves, kernel)
+        return kernel.replace(kernel.dense() + (a * leaves.params["d"]) @ b * leaves.params["lam_b"])
+
+    def logical_axes(self, site: Site) -> dict[str, tuple[str | None, ...]]:
+        """lam_b follows the kernel's outputs."""
+        return {"d": (None,), "lam_b": ("out",)}

@@ -1,0 +1,104 @@
+"""The methods' event rules in a run: each compiled once, run right after the updates of the steps that it is due on.
+
+The score that some of them ask for is minus the loss on one batch: the first held-out batch, always the same one, or
+the batch of the step where nothing is held out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mor_jax.adapters import AdapterInputs, Leaves
+from mor_jax.optim import EventRule, Rules
+from mor_jax.training.step import Loss, StateShardings, TrainState, batch_inputs
+
+
+@dataclass(frozen=True)
+class Events:
+    """Calling it runs the rules that are due after a step.
+
+    Attributes:
+      rules: of the plan.
+      functions: {name: compiled (state, params, constants, batch) -> (state, report)}; the state is donated.
+      constants: of the adapters.
+      batch: on the devices, to score on; None takes the step's.
+    """
+
+    rules: Rules
+    functions: Mapping[str, Any]
+    constants: Any
+    batch: Any = None
+
+    def __call__(self, step: int, state: TrainState, params: Any, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        """(the state after the events of step `step`, {event: its report, on the devices})."""
+        reports = {}
+        for name, rule in self.rules.due(step):
+            batch = batch if self.batch is None else self.batch
+            state, reports[rule.name] = self.functions[name](state, params, self.constants, batch)
+        return state, reports
+
+    def cache_size(self) -> int:
+        """How many programs were compiled."""
+        return sum(function._cache_size() for function in self.functions.values())
+
+
+def make_events(
+    rules: Rules,
+    optimizer: optax.GradientTransformation,
+    *,
+    loss: Loss,
+    constants: Any = None,
+    shardings: StateShardings | None = None,
+    batch: Any = None,
+) -> Events:
+    """The events of a run.
+
+    Args:
+      rules: of the plan.
+      optimizer: that of the step, wrapped by the rules.
+      loss: as `language_model_loss` returns it.
+      constants: of `init_state`.
+      shardings: of `init_state`; None compiles for wherever the arguments are.
+      batch: on the devices, to score on; None takes the step's.
+    """
+    options: dict[str, Any] = {"donate_argnums": 0}
+    if shardings is not None:
+        options["in_shardings"] = (shardings.state, shardings.params, shardings.constants, shardings.batch)
+        options["out_shardings"] = (shardings.state, shardings.metrics)
+    functions = {}
+    for number, rule in enumerate(rules.events):
+        functions[rules.name_of(number)] = jax.jit(_event(rules.name_of(number), rule, optimizer, loss), **options)
+    return Events(rules, functions, {} if constants is None else constants, batch)
+
+
+def _event(name: str, rule: EventRule, optimizer: optax.GradientTransformation, loss: Loss) -> Any:
+    def event(state: TrainState, params: Any, constants: Any, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        def score(leaves: Leaves) -> jax.Array:
+            collections = {"adapters": leaves.params, "adapter_state": leaves.state, "adapter_constants": constants}
+            inputs = batch_inputs(AdapterInputs(deterministic=True), batch, None)
+            total, tokens = loss({"params": params, **collections}, batch, inputs)
+            return -total / jnp.maximum(tokens, 1.0)
+
+        own = state.rule_state.get(name, {})
+        leaves, opt_state, own, report = rule.apply(
+            Leaves(state.adapters, state.adapter_state, {}),
+            state.opt_state,
+            own,
+            jax.random.wrap_key_data(state.key, impl="threefry2x32"),
+            score,
+            step=state.step,
+            optimizer=optimizer,
+        )
+        rule_state = state.rule_state | {name: own} if own else state.rule_state
+        new = state._replace(
+            adapters=leaves.params, adapter_state=leaves.state, opt_state=opt_state, rule_state=rule_state
+        )
+        return new, report
+
+    return event

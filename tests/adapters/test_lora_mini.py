@@ -1,0 +1,76 @@
+"""The facts of LoRA-Mini (arXiv 2411.15804)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import one_layer
+import pytest
+from llama import ATTENTION, FFN, count
+
+from mor_jax.adapters import AdapterInputs, Kernel, LoRA, LoRAMini, Site
+
+KEY = jax.random.key(0)
+
+
+def test_parameters_are_rank_times_m_plus_n_whatever_the_kernel():
+    sites = ATTENTION + FFN
+    assert count(LoRAMini(rank=8, inner_in=64, inner_out=32), sites) == 7 * 32 * 8 * (64 + 32)
+    lora, mini = count(LoRA(rank=8), sites), count(LoRAMini(rank=8), sites)
+    assert 20 < lora / mini < 22  # the paper: up to 20 times fewer
+
+
+def _leaves(adapter, seed=0, layer=0, path="p", size=(40, 30)):
+    kernel = Kernel(jnp.zeros(size))
+    return adapter.init(jax.random.key(seed), Site(path, *size), jnp.int32(layer), kernel)
+
+
+def test_frozen_factors_come_from_seed_site_and_layer_alone():
+    adapter = LoRAMini(rank=2, inner_in=16, inner_out=8)
+    one = _leaves(adapter).constants
+    jax.tree.map(np.testing.assert_array_equal, one, _leaves(adapter, seed=7).constants)
+    jitted = jax.jit(lambda layer: _leaves(adapter, layer=layer).constants)(0)
+    jax.tree.map(np.testing.assert_array_equal, one, jitted)  # bit by bit, so that a checksum can be compared
+    others = (
+        _leaves(adapter, layer=1),
+        _leaves(adapter, path="q"),
+        _leaves(LoRAMini(rank=2, inner_in=16, inner_out=8, seed=1)),
+    )
+    for other in others:
+        assert bool((one["outer_a"] != other.constants["outer_a"]).any())
+    assert not bool((one["outer_a"][:8, :16] == one["outer_b"].T[:8, :16].repeat(2, 1)[:, :16]).all())
+
+
+def test_frozen_factors_are_gaussian_with_variance_one_over_fan_in():
+    constants = _leaves(LoRAMini(inner_in=200, inner_out=100), size=(400, 300)).constants
+    for values, fan_in in ((constants["outer_a"], 400), (constants["outer_b"], 100)):
+        scaled = np.asarray(values, np.float64) * fan_in**0.5
+        assert abs(scaled.mean()) < 0.02  # 3e4 or more draws: standard error below 0.006
+        assert abs(scaled.std() - 1) < 0.02
+        for sigmas, share in ((1, 0.6827), (2, 0.9545)):
+            assert abs((np.abs(scaled) < sigmas).mean() - share) < 0.01
+
+
+def test_identity_outer_factors_make_it_lora():
+    adapter = LoRAMini(rank=3, inner_in=7, inner_out=5)
+    kernel = one_layer.kernel_of(KEY)
+    leaves = one_layer.scramble(one_layer.start(adapter, KEY, kernel), KEY)
+    leaves = leaves._replace(constants={"outer_a": jnp.eye(7), "outer_b": jnp.eye(5)})
+    x = jax.random.normal(KEY, (4, 7))
+    lora = one_layer.delta(LoRA(rank=3), leaves._replace(constants={}), x, kernel)
+    np.testing.assert_allclose(one_layer.delta(adapter, leaves, x, kernel), lora, rtol=1e-5, atol=1e-6)
+
+
+def test_prepared_leaves_need_no_frozen_factors():
+    adapter = LoRAMini(rank=3, inner_in=6, inner_out=4)
+    kernel = one_layer.kernel_of(KEY)
+    leaves = one_layer.scramble(one_layer.start(adapter, KEY, kernel), KEY)
+    prepared = adapter.prepare(leaves, kernel)._replace(constants={})
+    x = jax.random.normal(KEY, (4, 7))
+    h = x @ adapter.input_factor(prepared)
+    change = adapter.delta(prepared, h, x @ kernel.dense(), kernel, None, AdapterInputs())
+    np.testing.assert_allclose(change, one_layer.delta(adapter, leaves, x, kernel), rtol=1e-5, atol=1e-6)
+
+
+def test_impossible_options_name_the_field():
+    with pytest.raises(ValueError, match="inner_in must be positive"):
+        LoRAMini(inner_in=0)

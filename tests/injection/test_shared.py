@@ -1,0 +1,89 @@
+"""Leaves that sites share (VeRA) and constants by site (LoRA-Mini) inside scans, loops and remat; noise (HaLoRA)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mor_jax.adapters import AdapterInputs, HaLoRA, Leaves, LoRA, LoRAMini, VeRA
+from mor_jax.injection import Adapted, init_leaves, resolve_sites
+from mor_jax.merging import merge
+from tests.merging.models import LAYERS, Stack, random_leaves, unrolled
+
+IDS = np.random.default_rng(0).integers(0, 64, (2, 5)).astype(np.int32)
+METHODS = [VeRA(rank=4, d_initial=1.0), LoRAMini(rank=2, inner_in=6, inner_out=5)]
+
+
+def _made(method, **options):
+    model = Stack(**options)
+    params = jax.jit(model.init)(jax.random.key(0), IDS)["params"]
+    plan = resolve_sites(model, method, ("up", "down"), IDS)
+    return model, params, random_leaves(jax.random.key(1), plan, params), plan
+
+
+def _run(model, plan, params, leaves, adapters=None, **inputs):
+    own = {"adapters": leaves.params if adapters is None else adapters, "adapter_constants": leaves.constants}
+    return Adapted(base=model, plan=plan).apply({"params": params, **own}, IDS, adapter_inputs=AdapterInputs(**inputs))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_foreign_scans_and_remat_equal_the_loop_and_the_merged_model(method):
+    model, params, leaves, plan = _made(method)
+    loss = lambda model: lambda a: jnp.sum(jnp.sin(_run(model, plan, params, leaves, a)))  # noqa: E731
+    both = jax.jit(jax.value_and_grad(loss(model)))(leaves.params)
+    again = jax.jit(jax.value_and_grad(loss(Stack(remat=True))))(leaves.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), both, again)
+    assert all(bool((g != 0).any()) for g in jax.tree.leaves(both[1]))
+    scanned = jax.jit(lambda: _run(model, plan, params, leaves))()
+    loop_params, loop_leaves = unrolled(params, leaves)
+    constants = unrolled(params, Leaves(leaves.constants))[1].params
+    loop = Stack(scan_axis=None)
+    loop_plan = resolve_sites(loop, method, ("up", "down"), IDS)
+    looped = jax.jit(lambda: _run(loop, loop_plan, loop_params, Leaves(loop_leaves.params, {}, constants)))()
+    tolerance = 2e-5 * float(jnp.abs(scanned).max())
+    np.testing.assert_allclose(scanned, looped, rtol=0, atol=tolerance)
+    merged = model.apply({"params": merge(params, leaves, plan)}, IDS)
+    np.testing.assert_allclose(merged, scanned, rtol=0, atol=tolerance)
+    assert float(jnp.abs(scanned - model.apply({"params": params}, IDS)).max()) > 0.1
+
+
+def test_shared_factors_exist_once_and_never_by_site():
+    _, params, leaves, plan = _made(VeRA(rank=4))
+    assert set(leaves.constants) == {"shared/vera"}
+    assert {k: v.shape for k, v in leaves.constants["shared/vera"].items()} == {"a": (20, 4), "b": (4, 20)}
+    assert plan.num_params() == sum(leaf.size for leaf in jax.tree.leaves(leaves.params))
+    assert {name for own in leaves.params.values() for name in own} == {"d", "lam_b"}
+    again = init_leaves(jax.random.key(99), plan, params).constants
+    jax.tree.map(np.testing.assert_array_equal, leaves.constants, again)
+
+
+def test_sites_of_other_settings_share_nothing_with_these():
+    model = Stack()
+    params = jax.jit(model.init)(jax.random.key(0), IDS)["params"]
+    overrides = (("down", VeRA(rank=3)), ("head", LoRA(rank=2)))
+    plan = resolve_sites(model, VeRA(rank=4), ("up", "down", "head"), IDS, overrides=overrides)
+    leaves = random_leaves(jax.random.key(1), plan, params)
+    assert {s.site.path: s.shared for s in plan.sites} == {
+        "layers/up": "shared/vera",
+        "layers/down": "shared/vera 2",
+        "head": "",
+    }
+    assert leaves.constants["shared/vera 2"]["a"].shape == (20, 3)
+    adapted = jax.jit(lambda: _run(model, plan, params, leaves))()
+    plain = model.apply({"params": merge(params, leaves, plan)}, IDS)
+    np.testing.assert_allclose(plain, adapted, rtol=0, atol=2e-5 * float(jnp.abs(adapted).max()))
+
+
+def test_noise_is_one_draw_an_epoch_and_off_without_a_step():
+    model, params, leaves, plan = _made(HaLoRA(noise_steps=10))
+    run = jax.jit(lambda step: _run(model, plan, params, leaves, noise_step=step))
+    first = run(jnp.int32(0))
+    np.testing.assert_array_equal(first, run(jnp.int32(9)))
+    assert bool((first != run(jnp.int32(10))).any())
+    assert run._cache_size() == 1
+    clean = _run(model, plan, params, leaves)
+    assert 0 < float(jnp.abs(first - clean).max())
+    lora = resolve_sites(model, LoRA(rank=4, alpha=8.0), ("up", "down"), IDS)
+    plain = _run(model, lora, params, Leaves(leaves.params))
+    np.testing.assert_allclose(clean, plain, rtol=0, atol=2e-5 * float(jnp.abs(plain).max()))
+    assert leaves.constants["layers/up"]["place"].shape == (LAYERS, 2)
