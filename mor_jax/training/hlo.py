@@ -80,7 +80,7 @@ class Traffic:
       collectives: sent and received, by kind.
       counts: how often each kind runs.
       largest: the largest output of each kind, bytes.
-      channels: of the collectives that are counted already.
+      channels: of the asynchronous collectives that are counted already.
       gathered: sizes of the axes of each array that an all-gather makes, sorted.
     """
 
@@ -88,7 +88,7 @@ class Traffic:
     collectives: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     largest: dict[str, int] = field(default_factory=dict)
-    channels: set[int] = field(default_factory=set)
+    channels: set[str] = field(default_factory=set)
     gathered: set[tuple[int, ...]] = field(default_factory=set)
 
 
@@ -183,17 +183,17 @@ def _add_fused_collectives(computations: dict[str, list[Instruction]], name: str
     types = {instruction.name: instruction.type for instruction in computations.get(name, ())}
     for instruction in computations.get(name, ()):
         kind = instruction.operation.removesuffix("-start")
-        if kind in COLLECTIVES:
+        if kind not in COLLECTIVES:
+            continue
+        channel = re.search(r"channel_id=(\d+)", instruction.text)
+        if channel is None or channel[1] not in traffic.channels:
             _add_collective(instruction, kind, times, types, traffic)
+        if channel is not None:
+            traffic.channels.add(channel[1])
 
 
 def _add_collective(instruction: Instruction, kind: str, times: int, types: dict[str, str], traffic: Traffic) -> None:
     """A ring sends each device about what it ends up with; an all-reduce twice that."""
-    channel = re.search(r"channel_id=(\d+)", instruction.text)
-    if channel and int(channel[1]) in traffic.channels:
-        return
-    if channel:
-        traffic.channels.add(int(channel[1]))
     if kind == "all-gather":
         shapes = [shape.split(",") for _, shape in _ARRAY.findall(instruction.type)]
         traffic.gathered |= {tuple(sorted(int(size) for size in shape if size)) for shape in shapes}

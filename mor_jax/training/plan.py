@@ -136,7 +136,8 @@ def forecast(config: TrainConfig, shape: DecoderConfig, topology: Topology) -> F
     check_batch(mesh, config.batch_size, config.accumulate)
     shape = dataclasses.replace(shape, remat=config.remat)
     step, arguments, plan = plan_step(config, shape, mesh)
-    traced = step.trace(*arguments)
+    state, params, batch = arguments
+    traced = step.function.trace(state, params, step.constants, batch)
     common: dict[str, Any] = {
         "topology": topology.name,
         "mesh": ",".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
@@ -168,7 +169,7 @@ def forecast(config: TrainConfig, shape: DecoderConfig, topology: Topology) -> F
             kind: {"bytes": size, "count": traffic.counts[kind], "largest": traffic.largest[kind]}
             for kind, size in traffic.collectives.items()
         },
-        gathered_stacks=_gathered_stacks(arguments[1], traffic),
+        gathered_stacks=_gathered_stacks(params, traffic),
         **roofline(common["flops"], traffic, mesh.size, topology.chip, useful),
     )
 

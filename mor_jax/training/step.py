@@ -122,13 +122,9 @@ class Step:
         """One optimiser step."""
         return self.function(state, params, self.constants, batch)
 
-    def trace(self, state: Any, params: Any, batch: Any) -> Any:
-        """The traced program (`.jaxpr`, `.lower()`), for arrays or shapes."""
-        return self.function.trace(state, params, self.constants, batch)
-
     def lower(self, state: Any, params: Any, batch: Any) -> Any:
         """The lowered program, for arrays or shapes."""
-        return self.trace(state, params, batch).lower()
+        return self.function.lower(state, params, self.constants, batch)
 
     def cache_size(self) -> int:
         """How many programs were compiled."""
