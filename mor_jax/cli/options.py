@@ -94,6 +94,24 @@ class InspectOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanOptions(InspectOptions):
+    """Options of `mor plan`."""
+
+    model: str  # Hugging Face directory, a lone config.json, or a name such as Llama-3.1-8B
+    topology: str = "cpu:1"  # the slice: v4, v5e, v5p, v6e or tpu7x with its shape (v5e:4x4), or cpu:8
+    batch_size: int = 8  # rows of one optimiser step, over all devices and micro-batches
+    accumulate: int = 1  # micro-batches a step is computed in
+    sequence_length: int = 512  # tokens in a row
+    mesh: str = ""  # "data=2,fsdp=4,tensor=2"; empty puts every device on fsdp
+    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again
+    dtype: Literal["float32", "bfloat16"] | None = None  # of the computation; bfloat16 on a TPU, float32 on the CPU
+    param_dtype: Literal["float32", "bfloat16"] | None = None  # of the frozen base; empty is dtype
+    optimizer: str = "adamw"  # any optimiser of optax by name
+    loss_chunk: int = 1024  # tokens whose logits are alive at a time on each device
+    search: bool = False  # compile mesh shapes, remat policies and micro-batches, and show the fastest plan that fits
+
+
+@dataclass(frozen=True, kw_only=True)
 class MethodsOptions:
     """Options of `mor methods`: none."""
 
