@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 from mor_jax.adapters import Leaves
 from mor_jax.cli.flags import UsageError
-from mor_jax.cli.merge import check_gates, check_output, merged_model, report_summary, run_batches, run_call
-from mor_jax.cli.opening import LiveModel, at_rank, open_run
+from mor_jax.cli.merge import (
+    LOW_RANK,
+    check_gates,
+    check_output,
+    low_rank,
+    merged_model,
+    opened_at_rank,
+    report_summary,
+)
+from mor_jax.cli.opening import LiveModel
 from mor_jax.cli.options import ExportOptions
 from mor_jax.export import Verification, export_hf, export_peft, verify_adapter, verify_export, verify_peft
 from mor_jax.injection import AdapterPlan
-from mor_jax.merging import FidelityReport, least_squares, measure_fidelity, merge, refactor
-from mor_jax.models import make_model
-
-REFACTORING = ("least_squares", "sequential")
+from mor_jax.merging import FidelityReport
 
 
 def export_command(options: ExportOptions) -> dict[str, Any]:
@@ -29,12 +33,8 @@ def export_command(options: ExportOptions) -> dict[str, Any]:
       UsageError, DataError, ModelFileError, ExportError: bad input; nothing has been written.
     """
     output = check_output(options.output_dir)
-    if options.rank < 0:
-        raise UsageError(f"--rank must not be negative, got {options.rank}")
-    live = open_run(options.run)
-    imitated = options.format == "peft" and any(a.adapter.routed for a in live.plan.sites) if live.plan else False
-    live = live if imitated else at_rank(live, options.rank)
-    check_gates(options.gates, live.tasks)
+    live = opened_at_rank(options)
+    check_gates(options, live.tasks)
     write = {"hf": _export_hf, "peft": _export_peft, "safetensors": _export_adapter}[options.format]
     found, report = write(live, options, output)
     result: dict[str, Any] = {"verified": None, "max_logit_difference": None, "tolerance": None, "verified_with": None}
@@ -86,22 +86,10 @@ def _plain_adapter(live: LiveModel, options: ExportOptions) -> tuple[AdapterPlan
     routed = [adapted for adapted in live.plan.sites if adapted.adapter.routed]
     if not routed:
         return live.plan, live.leaves, None
-    if options.gates not in REFACTORING:
+    if options.gates not in LOW_RANK:
         raise UsageError(
             f"--format peft: {routed[0].adapter.name} reads its gates from the input and PEFT has no such method; give "
-            "--gates least_squares for the LoRA that imitates it best, or --format hf for the merged model"
+            f"--gates {', '.join(LOW_RANK)} for the LoRA that imitates it best, or --format hf for the merged model"
         )
-    rank = options.rank or getattr(routed[0].adapter, "rank", 8)
-    for site in (adapted.site for adapted in routed):
-        if rank > min(site.in_features, site.out_features):
-            raise UsageError(f"--rank {rank}: {site.path} has only {min(site.in_features, site.out_features)} ranks")
-    model, call = make_model(live.config), run_call(live)
-    calibration, held_out = run_batches(live, options)
-    sequential = options.gates == "sequential"
-    found = least_squares(model, live.params, live.leaves, live.plan, calibration, call=call, sequential=sequential)
-    plan, leaves = refactor(found, live.leaves, live.plan, rank)
-    merged = merge(live.params, leaves, plan)
-    report = measure_fidelity(
-        model, live.params, live.leaves, live.plan, merged, held_out, call=call, method=f"{options.gates}, rank {rank}"
-    )
-    return plan, leaves, dataclasses.replace(report, exact=False)
+    plan, leaves, _, report = low_rank(live, options)
+    return plan, leaves, report

@@ -85,9 +85,9 @@ def parse_options(text: str) -> dict[str, Any]:
 
 
 def field_comments(cls: type) -> dict[str, str]:
-    """The trailing comment of each field in the class's source; empty where the source is not at hand."""
+    """The trailing comment of each field in the source of the class and its bases; empty where there is none."""
     try:
-        lines = inspect.getsource(cls).splitlines()
+        lines = [line for base in cls.__mro__[-2::-1] for line in inspect.getsource(base).splitlines()]
     except OSError:
         return {}
     found = (re.match(r"    (\w+)\s*:.*?\s#\s(.+)$", line) for line in lines)

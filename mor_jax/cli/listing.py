@@ -12,7 +12,7 @@ from mor_jax.cli.flags import UsageError
 from mor_jax.cli.options import InspectOptions, VerifyOptions
 
 ADAM_BYTES = 8  # two float32 moments for each trained parameter
-APPROXIMATIONS = "least_squares, sequential, mean, task:NAME"
+APPROXIMATIONS = "distill, least_squares, sequential, mean, task:NAME"
 
 
 def merge_words(adapters: Sequence[Any]) -> str:

@@ -92,6 +92,13 @@ def inspect(args: argparse.Namespace) -> dict:
     return inspect_command(options.InspectOptions(**given_flags(args, options.InspectOptions)))
 
 
+def plan(args: argparse.Namespace) -> dict:
+    """`mor plan`: a training step compiled for a slice that is not there."""
+    from mor_jax.cli.plan import plan_command
+
+    return plan_command(options.PlanOptions(**given_flags(args, options.PlanOptions)))
+
+
 def methods(args: argparse.Namespace) -> list:
     """`mor methods`: the registry."""
     from mor_jax.cli.listing import methods_command
@@ -129,10 +136,11 @@ COMMANDS = {
     "merge": Command(merge, _OPTIONS + "MergeOptions", ("run",), ("output_dir",), "fold an adapter into its base"),
     "export": Command(export, _OPTIONS + "ExportOptions", ("run",), ("output_dir",), "write a run for other software"),
     "inspect": Command(inspect, _OPTIONS + "InspectOptions", ("model",), (), "list what a method would adapt"),
+    "plan": Command(plan, _OPTIONS + "PlanOptions", ("model",), (), "compile a training step for a slice, from shapes"),
     "methods": Command(methods, _OPTIONS + "MethodsOptions", (), (), "list the methods"),
     "verify": Command(verify, _OPTIONS + "VerifyOptions", ("path",), (), "check a folder against its manifest"),
 }
-NOT_BUILT = ("plan", "report", "convert", "library", "sweep", "replay")
+NOT_BUILT = ("report", "convert", "library", "sweep", "replay")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

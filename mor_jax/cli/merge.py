@@ -8,14 +8,29 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mor_jax.adapters import Leaves
 from mor_jax.cli.calibration import Batches, merge_batches
 from mor_jax.cli.flags import UsageError
 from mor_jax.cli.opening import LiveModel, at_rank, load_tokenizer, open_run
 from mor_jax.cli.options import ExportOptions, MergeOptions
 from mor_jax.data import DataError
 from mor_jax.export import export_hf, probe_tokens
-from mor_jax.merging import MERGES, FidelityReport, ModelCall, language_model_call, merge_routed
+from mor_jax.injection import AdapterPlan
+from mor_jax.merging import (
+    MERGES,
+    FidelityReport,
+    ModelCall,
+    language_model_call,
+    least_squares,
+    measure_fidelity,
+    merge,
+    merge_routed,
+    refactor,
+    routed_paths,
+)
 from mor_jax.models import make_model
+
+LOW_RANK = ("least_squares", "sequential", "distill")
 
 
 def check_output(directory: str) -> Path:
@@ -28,6 +43,17 @@ def check_output(directory: str) -> Path:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UsageError(f"--output-dir {path}: exists and is not empty; choose another folder")
     return path
+
+
+def opened_at_rank(options: MergeOptions | ExportOptions) -> LiveModel:
+    """The run; cut to `rank` if its adapter has a rank to cut, and is not one that a LoRA of that rank stands for.
+
+    Raises:
+      UsageError: there is no such run, or the rank is out of range.
+    """
+    live = open_run(options.run)
+    imitated = live.plan is not None and any(adapted.adapter.routed for adapted in live.plan.sites)
+    return live if imitated else at_rank(live, options.rank)
 
 
 def run_call(live: LiveModel) -> ModelCall:
@@ -58,21 +84,98 @@ def run_batches(live: LiveModel, options: MergeOptions | ExportOptions) -> tuple
 
 
 def merged_model(live: LiveModel, options: MergeOptions | ExportOptions) -> tuple[dict, FidelityReport]:
-    """The run's base with its adapter folded in, and how faithful that is; raises as `run_batches`."""
-    assert live.plan is not None
-    assert live.leaves is not None
+    """The run's base with its adapter folded in, and how faithful that is; raises as `run_batches`, `low_rank`."""
+    plan, leaves = live.plan, live.leaves
+    assert plan is not None
+    assert leaves is not None
+    if routed_paths(plan) and (options.gates == "distill" or options.rank):
+        return low_rank(live, options)[2:]
     calibration, held_out = run_batches(live, options)
+
+    def distilled() -> dict:
+        new_plan, new_leaves = _fit_low_rank(live, options, "distill", _rank(plan, 0), calibration)
+        return merge(live.params, new_leaves, new_plan)
+
     return merge_routed(
         make_model(live.config),
         live.params,
-        live.leaves,
-        live.plan,
+        leaves,
+        plan,
         calibration=calibration,
         heldout=held_out,
         gates=options.gates or "best",
         tasks=live.tasks,
         call=run_call(live),
+        others={} if any(adapted.adapter.chained for adapted in plan.sites) else {"distill": distilled},
     )
+
+
+def low_rank(
+    live: LiveModel, options: MergeOptions | ExportOptions
+) -> tuple[AdapterPlan, Leaves, dict, FidelityReport]:
+    """The LoRA that stands for gates that read the input, the base with it folded in, and how faithful that is.
+
+    Raises:
+      UsageError: `gates` makes no LoRA, or a site has not so many ranks.
+      DataError: The calibration data are not usable.
+    """
+    plan, leaves = live.plan, live.leaves
+    assert plan is not None
+    assert leaves is not None
+    if options.gates not in LOW_RANK:
+        given = f", got --gates {options.gates}" if options.gates else ""
+        raise UsageError(f"--rank {options.rank}: only --gates {', '.join(LOW_RANK)} make a LoRA{given}")
+    chained = [adapted for adapted in plan.sites if adapted.adapter.chained]
+    if chained:
+        raise UsageError(
+            f"--gates {options.gates}: {chained[0].adapter.name} hands values on from layer to layer, which no"
+            " LoRA does; merge it by --gates least_squares without --rank"
+        )
+    rank = _rank(plan, options.rank)
+    calibration, held_out = run_batches(live, options)
+    new_plan, new_leaves = _fit_low_rank(live, options, options.gates, rank, calibration)
+    merged = merge(live.params, new_leaves, new_plan)
+    report = measure_fidelity(
+        make_model(live.config),
+        live.params,
+        leaves,
+        plan,
+        merged,
+        held_out,
+        call=run_call(live),
+        method=f"{options.gates}, rank {rank}",
+    )
+    return new_plan, new_leaves, merged, report
+
+
+def _fit_low_rank(
+    live: LiveModel, options: MergeOptions | ExportOptions, gates: str, rank: int, calibration: Batches
+) -> tuple[AdapterPlan, Leaves]:
+    """LoRAs in place of routed adapters, by one of `LOW_RANK`."""
+    plan, leaves, call = live.plan, live.leaves, run_call(live)
+    assert plan is not None
+    assert leaves is not None
+    own = (make_model(live.config), live.params, leaves, plan, calibration)
+    if gates == "distill":
+        from mor_jax.training.distillation import distill
+
+        how: dict[str, Any] = {"learning_rate": options.learning_rate, "seed": options.seed}
+        return distill(*own, rank=rank, call=call, steps=options.steps, **how)
+    return refactor(least_squares(*own, call=call, sequential=gates == "sequential"), leaves, plan, rank)
+
+
+def _rank(plan: AdapterPlan, asked: int) -> int:
+    """The rank asked for, or the adapter's own as far as the sites have it.
+
+    Raises:
+      UsageError: A routed site has not so many ranks as were asked for.
+    """
+    routed = [plan[path] for path in routed_paths(plan)]
+    site = min((adapted.site for adapted in routed), key=lambda site: min(site.in_features, site.out_features))
+    most = min(site.in_features, site.out_features)
+    if asked > most:
+        raise UsageError(f"--rank {asked}: {site.path} has only {most} ranks")
+    return asked or min(most, max(getattr(adapted.adapter, "rank", 8) for adapted in routed))
 
 
 def report_summary(report: FidelityReport) -> dict[str, Any]:
@@ -80,14 +183,18 @@ def report_summary(report: FidelityReport) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(report).items() if name != "site_errors"}
 
 
-def check_gates(gates: str, tasks: tuple[str, ...]) -> None:
-    """Raises UsageError unless `gates` is empty or a way to merge that is built."""
-    if gates == "distill":
-        raise UsageError("--gates distill is not built yet; use least_squares, sequential, mean or task:NAME")
+def check_gates(options: MergeOptions | ExportOptions, tasks: tuple[str, ...]) -> None:
+    """Raises UsageError unless `gates` is empty or a way to merge, and the figures beside it are in range."""
+    gates = options.gates
     if gates.startswith("task:") and gates.removeprefix("task:") not in tasks:
         raise UsageError(f"--gates {gates}: no such task; the run has {', '.join(tasks) or 'none by name'}")
-    if gates and not gates.startswith("task:") and gates not in MERGES:
-        raise UsageError(f"--gates {gates}: choose one of {', '.join(MERGES)}, task:NAME")
+    if gates and not gates.startswith("task:") and gates not in (*MERGES, "distill"):
+        raise UsageError(f"--gates {gates}: choose one of {', '.join((*MERGES, 'distill'))}, task:NAME")
+    for name in ("rank", "steps"):
+        if getattr(options, name) < 0:
+            raise UsageError(f"--{name} must not be negative, got {getattr(options, name)}")
+    if options.learning_rate <= 0:
+        raise UsageError(f"--learning-rate must be positive, got {options.learning_rate}")
 
 
 def merge_command(options: MergeOptions) -> dict[str, Any]:
@@ -97,8 +204,8 @@ def merge_command(options: MergeOptions) -> dict[str, Any]:
       UsageError, DataError, ModelFileError: bad input; nothing has been written.
     """
     output = check_output(options.output_dir)
-    live = at_rank(open_run(options.run), options.rank)
-    check_gates(options.gates, live.tasks)
+    live = opened_at_rank(options)
+    check_gates(options, live.tasks)
     merged, report = merged_model(live, options)
     export_hf(merged, live.config, output, source_dir=live.directory, report=report)
     return report_summary(report) | {"output_dir": str(output)}

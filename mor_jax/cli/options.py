@@ -50,10 +50,13 @@ class MergeOptions:
 
     run: str  # run folder of `mor train`
     output_dir: str  # Hugging Face directory to be made
-    gates: str = ""  # least_squares, sequential, mean or task:NAME, if gates read the input; empty: the best measured
+    gates: str = ""  # where gates read the input: least_squares, sequential, distill, mean, task:NAME; empty: the best
+    rank: int = 0  # of the LoRA that stands for such gates (0: full; distill: the adapter's own), or to cut dylora to
     calibration: str = ""  # records that approximations are fitted on; empty takes the run's training data
     batches: int = 8  # calibration batches, and as many to measure fidelity on
-    rank: int = 0  # of an adapter trained for all smaller ranks (dylora); 0 takes its own
+    steps: int = 200  # of distill
+    learning_rate: float = 3e-3  # of distill
+    seed: int = 0  # of distill: the order of the calibration batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +67,13 @@ class ExportOptions:
     output_dir: str  # folder to be made
     format: Literal["hf", "peft", "safetensors"] = "hf"  # merged model, PEFT adapter, or our adapter alone
     verify: bool = False  # load it in transformers or PEFT where torch is installed and compare logits in float32
-    rank: int = 0  # as in `mor merge`; peft: of the LoRA that stands for gates that read the input; 0 takes its own
-    gates: str = ""  # as in `mor merge`; peft: least_squares or sequential
+    gates: str = ""  # as in `mor merge`; peft: least_squares, sequential or distill
+    rank: int = 0  # as in `mor merge`; peft: 0 takes the adapter's own rank
     calibration: str = ""  # as in `mor merge`
     batches: int = 8  # as in `mor merge`
+    steps: int = 200  # as in `mor merge`
+    learning_rate: float = 3e-3  # as in `mor merge`
+    seed: int = 0  # as in `mor merge`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +91,24 @@ class InspectOptions:
     overrides: dict[str, Any] = field(default_factory=dict)  # {path pattern: {option: value}}
     trained_modules: tuple[str, ...] = ()  # base modules trained whole
     scan_layers: bool = True  # one stacked entry for all layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(InspectOptions):
+    """Options of `mor plan`."""
+
+    model: str  # Hugging Face directory, a lone config.json, or a name such as Llama-3.1-8B
+    topology: str = "cpu:1"  # the slice: v4, v5e, v5p, v6e or tpu7x with its shape (v5e:4x4), or cpu:8
+    batch_size: int = 8  # rows of one optimiser step, over all devices and micro-batches
+    accumulate: int = 1  # micro-batches a step is computed in
+    sequence_length: int = 512  # tokens in a row
+    mesh: str = ""  # "data=2,fsdp=4,tensor=2"; empty puts every device on fsdp
+    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again
+    dtype: Literal["float32", "bfloat16"] | None = None  # of the computation; bfloat16 on a TPU, float32 on the CPU
+    param_dtype: Literal["float32", "bfloat16"] | None = None  # of the frozen base; empty is dtype
+    optimizer: str = "adamw"  # any optimiser of optax by name
+    loss_chunk: int = 1024  # tokens whose logits are alive at a time on each device
+    search: bool = False  # compile mesh shapes, remat policies and micro-batches, and show the fastest plan that fits
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mor_jax.cli.plan import readable
+
 WIDTH = 140  # columns where stdout is no terminal
 
 
@@ -17,6 +19,8 @@ def print_result(command: str, result: Any) -> None:
     if command == "generate":
         print(result["text"])
         return
+    if command == "plan":
+        result = readable(result)
     if isinstance(result, list):
         console.print(records_table(result))
         return

@@ -1,15 +1,22 @@
 """All examples of a mixture in a few flat arrays: tokens, what is learned, task and source, and what was left out.
 
-Everything is read and tokenised before training starts, so a bad line stops the run before its first step.
+Everything is read and tokenised before training starts, so a bad line stops the run before its first step. Tokens and
+masks go to files as they are made and are mapped into memory from there, so a mixture may be larger than memory: what
+stays in memory is a few numbers an example. The files have no name, so that whoever ends the process removes them.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Sequence
+import mmap
+import os
+import tempfile
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 
@@ -44,8 +51,8 @@ class Examples:
     """N tokenised examples of a mixture, flat: example i is `tokens[offsets[i]:offsets[i + 1]]`.
 
     Attributes:
-      tokens: (T,) int32.
-      learned: (T,) bool, true where the token is to be predicted.
+      tokens: (T,) int32, read-only, mapped from a file.
+      learned: (T,) bool, true where the token is to be predicted; likewise.
       offsets: (N + 1,) int64.
       prompt_lengths: (N,) int32, tokens before the first answer (0 for plain text).
       source_ids: (N,) int32, index into `sources`.
@@ -102,8 +109,8 @@ class Examples:
         """SHA-256 of all that a batch can show: tokens, masks, prompts, sources, tasks."""
         digest = hashlib.sha256("\0".join(self.tasks).encode())
         arrays = (self.tokens, self.learned, self.offsets, self.prompt_lengths, self.source_ids, self.task_ids)
-        for array in (*arrays, *(own for own in (self.labels, self.second_starts) if own is not None)):
-            digest.update(np.ascontiguousarray(array).tobytes())
+        for values in (*arrays, *(own for own in (self.labels, self.second_starts) if own is not None)):
+            digest.update(np.ascontiguousarray(values).data)  # read in place: `tobytes` would bring a copy into memory
         return digest.hexdigest()
 
 
@@ -114,6 +121,7 @@ def load_examples(
     overlong: Overlong = "truncate",
     *,
     tasks: Sequence[str] | None = None,
+    scratch: str | os.PathLike | None = None,
 ) -> Examples:
     """Reads, tokenises and checks every record of the sources.
 
@@ -125,11 +133,14 @@ def load_examples(
         (both are counted), `error` stops.
       tasks: Names in the order of their ids, for data that must agree with others (evaluation with training); None
         numbers them as they first occur.
+      scratch: Folder for the files of tokens and masks, 5 bytes a token, which vanish with the `Examples`; None takes
+        the system's (`TMPDIR`).
 
     Raises:
       DataError: At the first record that cannot be used, named by file and line; for a task that `tasks` does not have;
         and when a source has no example left.
       ValueError: If `max_length` is under 2 or `overlong` is none of the three.
+      OSError: If `scratch` is missing or full.
     """
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 (a token and the one it predicts), got {max_length}")
@@ -138,26 +149,23 @@ def load_examples(
     if not sources:
         raise DataError("no data was named; give at least one [TASK=]PATH[:WEIGHT]")
     names = tuple(tasks) if tasks is not None else tuple(dict.fromkeys(source.task for source in sources))
-    kept: list[Encoded] = []
-    source_ids: list[int] = []
     counts = []
-    for index, source in enumerate(sources):
-        if source.task not in names:
-            raise DataError(
-                f"{source.path}: the task {source.task!r} is not one of {', '.join(names)}; write TASK=PATH"
-            )
-        examples, count = _load_source(source, tokenizer, max_length, overlong)
-        kept += examples
-        source_ids += [index] * len(examples)
-        counts.append(count)
-    return _flatten(kept, source_ids, tuple(sources), names, tuple(counts))
+    with tempfile.TemporaryFile(dir=scratch) as tokens, tempfile.TemporaryFile(dir=scratch) as learned:
+        writer = _Writer(tokens, learned)
+        for index, source in enumerate(sources):
+            if source.task not in names:
+                raise DataError(
+                    f"{source.path}: the task {source.task!r} is not one of {', '.join(names)}; write TASK=PATH"
+                )
+            keep = functools.partial(writer.add, index)
+            counts.append(_load_source(source, tokenizer, max_length, overlong, keep))
+        return writer.finish(tuple(sources), names, tuple(counts))
 
 
 def _load_source(
-    source: DataSource, tokenizer: Any, max_length: int, overlong: str
-) -> tuple[list[Encoded], SourceCounts]:
-    kept: list[Encoded] = []
-    read = truncated = dropped = empty = 0
+    source: DataSource, tokenizer: Any, max_length: int, overlong: str, keep: Callable[[Encoded], None]
+) -> SourceCounts:
+    kept = read = truncated = dropped = empty = 0
     for where, record in read_records(source):
         read += 1
         example = encode_record(record, tokenizer, where)
@@ -165,40 +173,62 @@ def _load_source(
             empty += 1
             continue
         length = len(example.tokens)
-        if length <= max_length:
-            kept.append(example)
-            continue
-        if overlong == "error":
-            raise DataError(
-                f"{where}: {length} tokens, more than {max_length}; shorten it, or truncate or drop such examples"
-            )
-        cut = Encoded(example.tokens[:max_length], example.learned[:max_length], min(example.prompt_length, max_length))
-        if overlong == "drop" or not cut.learned[1:].any():
-            dropped += 1
-        else:
+        if length > max_length:
+            if overlong == "error":
+                raise DataError(
+                    f"{where}: {length} tokens, more than {max_length}; shorten it, or truncate or drop such examples"
+                )
+            prompt_length = min(example.prompt_length, max_length)
+            example = Encoded(example.tokens[:max_length], example.learned[:max_length], prompt_length)
+            if overlong == "drop" or not example.learned[1:].any():
+                dropped += 1
+                continue
             truncated += 1
-            kept.append(cut)
+        kept += 1
+        keep(example)
     if not kept:
         raise DataError(
             f"{source.path}: none of its {read} examples can be used: {dropped} are over {max_length} tokens,"
             f" {empty} have nothing to learn; raise the sequence length or mend the file"
         )
-    return kept, SourceCounts(read, len(kept), truncated, dropped, empty)
+    return SourceCounts(read, kept, truncated, dropped, empty)
 
 
-def _flatten(kept: list[Encoded], source_ids: list[int], sources, tasks, counts) -> Examples:
-    offsets = np.zeros(len(kept) + 1, np.int64)
-    np.cumsum([len(example.tokens) for example in kept], out=offsets[1:])
-    source_array = np.array(source_ids, np.int32)
-    task_of_source = np.array([tasks.index(source.task) for source in sources], np.int32)
-    return Examples(
-        tokens=np.concatenate([example.tokens for example in kept]).astype(np.int32),
-        learned=np.concatenate([example.learned for example in kept]),
-        offsets=offsets,
-        prompt_lengths=np.array([example.prompt_length for example in kept], np.int32),
-        source_ids=source_array,
-        task_ids=task_of_source[source_array],
-        sources=sources,
-        tasks=tasks,
-        counts=counts,
-    )
+class _Writer:
+    """Takes examples one by one: tokens and masks into two files, a few numbers of each into memory."""
+
+    def __init__(self, tokens: IO[bytes], learned: IO[bytes]):
+        self._tokens, self._learned = tokens, learned
+        self._ends, self._prompt_lengths, self._source_ids = array("q", [0]), array("i"), array("i")
+
+    def add(self, source: int, example: Encoded) -> None:
+        """Appends an example of the source with this index."""
+        self._tokens.write(example.tokens.astype(np.int32).tobytes())
+        self._learned.write(example.learned.astype(bool).tobytes())
+        self._ends.append(self._ends[-1] + len(example.tokens))
+        self._prompt_lengths.append(example.prompt_length)
+        self._source_ids.append(source)
+
+    def finish(
+        self, sources: tuple[DataSource, ...], tasks: tuple[str, ...], counts: tuple[SourceCounts, ...]
+    ) -> Examples:
+        """All that was added; the files may be closed afterwards."""
+        source_ids = np.array(self._source_ids, np.int32)
+        task_of_source = np.array([tasks.index(source.task) for source in sources], np.int32)
+        return Examples(
+            tokens=_map(self._tokens, np.int32),
+            learned=_map(self._learned, np.bool_),
+            offsets=np.array(self._ends, np.int64),
+            prompt_lengths=np.array(self._prompt_lengths, np.int32),
+            source_ids=source_ids,
+            task_ids=task_of_source[source_ids],
+            sources=sources,
+            tasks=tasks,
+            counts=counts,
+        )
+
+
+def _map(file: IO[bytes], dtype: Any) -> np.ndarray:
+    """The file as a read-only array that the system pages in where it is read; lives on when the file is closed."""
+    file.flush()
+    return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype)

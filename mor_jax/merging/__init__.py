@@ -4,7 +4,14 @@ from mor_jax.merging.approximate import MERGES, merge_routed
 from mor_jax.merging.calibration import ModelCall, language_model_call
 from mor_jax.merging.chain import earlier_shares
 from mor_jax.merging.exact import merge
-from mor_jax.merging.fidelity import FidelityReport, check_unseen, compare_logits, measure_fidelity, site_errors
+from mor_jax.merging.fidelity import (
+    FidelityReport,
+    check_unseen,
+    compare_logits,
+    measure_fidelity,
+    routed_logits,
+    site_errors,
+)
 from mor_jax.merging.gates import mean_gates
 from mor_jax.merging.least_squares import (
     Calibration,
@@ -13,6 +20,7 @@ from mor_jax.merging.least_squares import (
     least_squares,
     merge_changes,
     refactor,
+    routed_paths,
     solve_ridge,
 )
 
@@ -34,6 +42,8 @@ __all__ = [
     "merge_changes",
     "merge_routed",
     "refactor",
+    "routed_logits",
+    "routed_paths",
     "site_errors",
     "solve_ridge",
 ]

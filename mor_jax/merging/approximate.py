@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -56,6 +56,7 @@ def merge_routed(
     tasks: Sequence[str] = (),
     call: ModelCall = language_model_call,
     evaluate: Callable[[Callable[[Batch], Array]], float] | None = None,
+    others: Mapping[str, Callable[[], dict[str, Any]]] | None = None,
 ) -> tuple[dict[str, Any], FidelityReport]:
     """Merged parameters and how faithful they are; exact where every site's method has an exact merge.
 
@@ -67,17 +68,20 @@ def merge_routed(
         calibration: Batches to take statistics from; not read when the merge is exact.
         heldout: Batches for the report; no row may be among ``calibration``. ``best`` is chosen on one half of their
             batches and reported on the other, where there are two or more.
-        gates: "mean", "task:NAME", "least_squares", "sequential" (least squares block by block), or "best": the one of
-            mean, least_squares and sequential with the smallest KL.
+        gates: "mean", "task:NAME", "least_squares", "sequential" (least squares block by block), a name of ``others``,
+            or "best": the one of all these but "task:NAME" with the smallest KL.
         tasks: Names of the task ids; ``call`` must then pass ``num_tasks`` for "task:NAME".
         call: Batch -> (args, kwargs, adapter inputs); the model returns logits.
         evaluate: (batch -> logits) -> a task metric for the report.
+        others: Further ways to merge, {name: a function that returns merged parameters}; called only where needed.
 
     Raises:
         ValueError: for an unknown ``gates`` or task, no data, or held-out rows among the calibration rows.
     """
-    if gates not in MERGES and not gates.startswith("task:"):
-        raise ValueError(f"gates must be one of {', '.join(MERGES)} or task:NAME, got {gates!r}")
+    others = others or {}
+    names = (*MERGES, *others)
+    if gates not in names and not gates.startswith("task:"):
+        raise ValueError(f"gates must be one of {', '.join(names)} or task:NAME, got {gates!r}")
     report = lambda merged, name, data, **more: measure_fidelity(  # noqa: E731
         model, params, leaves, plan, merged, data, call=call, method=name, **more
     )
@@ -87,14 +91,16 @@ def merge_routed(
     if not calibration or not heldout:
         raise ValueError("an approximate merge needs calibration batches and held-out batches")
     check_unseen(calibration, heldout)
-    one = lambda name: _merge_one(model, params, leaves, plan, name, calibration, call, tasks)  # noqa: E731
+    one = lambda name: (  # noqa: E731
+        others[name]() if name in others else _merge_one(model, params, leaves, plan, name, calibration, call, tasks)
+    )
     if gates != "best":
         merged = one(gates)
         return merged, report(merged, gates, heldout, evaluate=evaluate)
     choosing, reporting = (heldout[::2], heldout[1::2]) if len(heldout) > 1 else (heldout, heldout)
     candidates: dict[str, float] = {}
     best: Any = None
-    for name in MERGES[1:]:
+    for name in names[1:]:
         merged = one(name)
         candidates[name] = report(merged, name, choosing, sites=False).kl
         if candidates[name] == min(candidates.values()):

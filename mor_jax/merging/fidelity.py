@@ -140,6 +140,15 @@ def compare_logits(left: Array, right: Array, mask: Array) -> dict[str, Array]:
     }
 
 
+def counted_rows(batch: Batch, logits: Array) -> Array:
+    """(...,) bool: which rows of the logits (..., V) are of no padding."""
+    segments = batch.get("segment_ids")
+    mask = jnp.ones(logits.shape[:-1], bool) if segments is None else segments > 0
+    if mask.ndim == logits.ndim:  # one row of logits for each row of tokens, as classifiers give
+        mask = mask.any(-1)
+    return mask
+
+
 def measure_fidelity(
     model: nn.Module,
     params: Any,
@@ -176,7 +185,7 @@ def measure_fidelity(
         for name, value in _compare_batch(model, plan, call, params, leaves, merged, arrays).items():
             before = total.get(name, 0.0)
             total[name] = max(before, float(value)) if name == "max" else before + float(value)
-    routed = functools.partial(_routed_logits, model, plan, call, params, leaves)
+    routed = functools.partial(routed_logits, model, plan, call, params, leaves)
     plain = functools.partial(_plain_logits, model, call, merged)
     tokens = total.get("tokens", 0.0)
     if tokens == 0:
@@ -195,9 +204,10 @@ def measure_fidelity(
 
 
 @functools.partial(jax.jit, static_argnames=("model", "plan", "call"))
-def _routed_logits(
+def routed_logits(
     model: nn.Module, plan: AdapterPlan, call: ModelCall, params: Any, leaves: Leaves, batch: Batch
 ) -> Array:
+    """The routed model's logits on a batch; compiled once for all merges of a model."""
     return forward(model, plan, params, leaves, batch, call)
 
 
@@ -212,9 +222,5 @@ def _compare_batch(
     model: nn.Module, plan: AdapterPlan, call: ModelCall, params: Any, leaves: Leaves, merged: Any, batch: Batch
 ) -> dict[str, Array]:
     """``compare_logits`` of one batch; compiled once for all merges of a model."""
-    left = _routed_logits(model, plan, call, params, leaves, batch)
-    segments = batch.get("segment_ids")
-    mask = jnp.ones(left.shape[:-1], bool) if segments is None else segments > 0
-    if mask.ndim == left.ndim:  # one row of logits for each row of tokens, as classifiers give
-        mask = mask.any(-1)
-    return compare_logits(left, _plain_logits(model, call, merged, batch), mask)
+    left = routed_logits(model, plan, call, params, leaves, batch)
+    return compare_logits(left, _plain_logits(model, call, merged, batch), counted_rows(batch, left))

@@ -6,8 +6,9 @@ from mor_jax.models.encoder import Encoder, mean_embedding
 from mor_jax.models.family import abstract_params, add_head, make_model, with_head
 from mor_jax.models.generation import CachedForward, continue_prompts, generate
 from mor_jax.models.hf import load_params, save_params
-from mor_jax.models.hf_config import config_to_hf, read_config
+from mor_jax.models.hf_config import config_to_hf, known_config, read_config
 from mor_jax.models.hf_json import ModelFileError
+from mor_jax.models.logical_axes import logical_axes
 
 __all__ = [
     "CachedForward",
@@ -25,7 +26,9 @@ __all__ = [
     "generate",
     "head_kernel",
     "init_cache",
+    "known_config",
     "load_params",
+    "logical_axes",
     "make_model",
     "mean_embedding",
     "read_config",

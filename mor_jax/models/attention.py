@@ -8,6 +8,7 @@ either side and cached generation are therefore one rule.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -15,8 +16,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.spmd import with_logical_constraint
 
 from mor_jax.models.config import DecoderConfig, RopeScaling
+from mor_jax.models.logical_axes import KEY_HEADS, QUERY_HEADS
 
 
 class LayerKind(NamedTuple):
@@ -154,6 +157,30 @@ def attend(
     return jnp.einsum("bkgst,btkh->bskgh", weights, value).reshape(batch, length, heads, head_dim)
 
 
+def attend_in_blocks(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, block: int, attend: Callable[..., jax.Array]
+) -> jax.Array:
+    """`attend` for `block` queries at a time, so that the scores of a long row are never all alive.
+
+    The backward pass computes each block's scores again. Arguments and result as those of `attend`; rows of less than
+    two blocks, or `block` 0, are attended at once.
+    """
+    length = query.shape[1]
+    if not block or length < 2 * block:
+        return attend(query, key, value, mask)
+    pad = -length % block
+
+    def split(array: jax.Array) -> jax.Array:
+        padded = jnp.pad(array, ((0, 0), (0, pad)) + ((0, 0),) * (array.ndim - 2))
+        return jnp.swapaxes(padded.reshape(array.shape[0], -1, block, *array.shape[2:]), 0, 1)
+
+    def one(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return attend(inputs[0], key, value, inputs[1])
+
+    out = jax.lax.map(jax.checkpoint(one, prevent_cse=False), (split(query), split(mask)))
+    return jnp.swapaxes(out, 0, 1).reshape(query.shape[0], length + pad, *query.shape[2:])[:, :length]
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * scale over the last axis (arXiv 1910.07467), computed in float32, returned in `config.dtype`.
 
@@ -192,7 +219,10 @@ class Attention(nn.Module):
         query = dense(config.num_heads * config.head_dim, use_bias=config.qkv_bias, name="q_proj")(x)
         key = dense(kv_width, use_bias=config.qkv_bias, name="k_proj")(x)
         value = dense(kv_width, use_bias=config.qkv_bias, name="v_proj")(x)
-        query, key, value = (t.reshape(*x.shape[:2], -1, config.head_dim) for t in (query, key, value))
+        query, key, value = (
+            with_logical_constraint(t.reshape(*x.shape[:2], -1, config.head_dim), axes)
+            for t, axes in ((query, QUERY_HEADS), (key, KEY_HEADS), (value, KEY_HEADS))
+        )
         if config.qk_norm:
             query, key = RMSNorm(config, name="q_norm")(query), RMSNorm(config, name="k_norm")(key)
         cos, sin = (table[0 if kind.rope is None else kind.rope] for table in (inputs.cos, inputs.sin))
@@ -202,7 +232,9 @@ class Attention(nn.Module):
         mask = inputs.mask
         if kind.window is not None and inputs.distance is not None:
             mask = mask & (inputs.distance < kind.window)
-        out = attend(query, key, value, mask, config.query_scalar, config.attention_softcap).reshape(*x.shape[:2], -1)
+        scaled = partial(attend, scalar=config.query_scalar, softcap=config.attention_softcap)
+        out = attend_in_blocks(query, key, value, mask, config.attention_block, scaled)
+        out = with_logical_constraint(out, QUERY_HEADS).reshape(*x.shape[:2], -1)
         return dense(config.hidden_size, use_bias=config.o_bias, name="o_proj")(out)
 
     def _cached(self, name: str, new: jax.Array, index: jax.Array) -> jax.Array:

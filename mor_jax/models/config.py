@@ -95,6 +95,7 @@ class DecoderConfig:
     dtype: Any = "float32"  # of activations; norms and softmax are float32 always
     param_dtype: Any = "float32"
     scan_layers: bool = True  # one `nn.scan` (stacked leaves under "layers") or a loop ("layers_0", "layers_1", ...)
+    attention_block: int = 512  # queries attended at a time in rows of two blocks or more; 0 = all at once
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes: nothing, all but dots, all
 
     def __post_init__(self):
@@ -122,6 +123,8 @@ class DecoderConfig:
             )
         if self.remat not in ("none", "dots", "full"):
             raise ValueError(f"DecoderConfig.remat must be none, dots or full; got {self.remat!r}")
+        if self.attention_block < 0:
+            raise ValueError(f"DecoderConfig.attention_block must be at least 0, got {self.attention_block}")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"DecoderConfig.sliding_window must be at least 1, got {self.sliding_window}")
         for name in ("query_scalar", "attention_softcap", "logit_softcap", "embedding_scale"):

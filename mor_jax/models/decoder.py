@@ -20,6 +20,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.spmd import with_logical_constraint
 
 from mor_jax.models.attention import (
     Attention,
@@ -33,6 +34,7 @@ from mor_jax.models.attention import (
 )
 from mor_jax.models.config import DecoderConfig
 from mor_jax.models.layers import ACTIVATION_FUNCTIONS, REMAT_POLICIES
+from mor_jax.models.logical_axes import INNER, RESIDUAL
 
 _NO_WINDOW = jnp.iinfo(jnp.int32).max  # the window of an unlimited layer among limited ones
 _float32_dot = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
@@ -56,7 +58,8 @@ class MLP(nn.Module):
         )
         gate = dense(config.intermediate_size, name="gate_proj")(x)
         up = dense(config.intermediate_size, name="up_proj")(x)
-        return dense(config.hidden_size, name="down_proj")(ACTIVATION_FUNCTIONS[config.hidden_act](gate) * up)
+        inner = with_logical_constraint(ACTIVATION_FUNCTIONS[config.hidden_act](gate) * up, INNER)
+        return dense(config.hidden_size, name="down_proj")(inner)
 
 
 class DecoderLayer(nn.Module):
@@ -74,12 +77,12 @@ class DecoderLayer(nn.Module):
         attended = Attention(config, name="self_attn")(attended, inputs, kind)
         if config.post_norms:
             attended = RMSNorm(config, name="post_attention_layernorm")(attended)
-        x = x + attended
+        x = with_logical_constraint(x + attended, RESIDUAL)
         before_mlp = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
         transformed = MLP(config, name="mlp")(RMSNorm(config, name=before_mlp)(x))
         if config.post_norms:
             transformed = RMSNorm(config, name="post_feedforward_layernorm")(transformed)
-        return (x + transformed, carry_extra), None
+        return (with_logical_constraint(x + transformed, RESIDUAL), carry_extra), None
 
 
 class Decoder(nn.Module):
@@ -142,7 +145,7 @@ class Decoder(nn.Module):
             embedding_init=nn.initializers.normal(config.initializer_range),
             name="embed_tokens",
         )
-        x = embed(input_ids)
+        x = with_logical_constraint(embed(input_ids), RESIDUAL)
         if config.embedding_scale is not None:
             x = x * jnp.asarray(config.embedding_scale, config.dtype)
         x = self._layers((x, carry_extra), inputs, windowed)

@@ -15,6 +15,7 @@ from typing import Any
 from mor_jax.models.config import DecoderConfig, EncoderConfig, ModelConfig, RopeScaling
 from mor_jax.models.hf_encoder import ENCODER_FAMILIES, encoder_to_hf, parse_encoder
 from mor_jax.models.hf_json import JsonReader, ModelFileError, read_json
+from mor_jax.models.presets import PRESETS, nearest_preset, preset
 
 
 @dataclass(frozen=True)
@@ -137,13 +138,34 @@ def read_config(directory: str | os.PathLike) -> ModelConfig:
     return _parse(path, read_json(path))
 
 
+def known_config(model: str | os.PathLike) -> ModelConfig:
+    """The config of a model directory, of a lone `config.json`, or of a well-known checkpoint by name.
+
+    Raises:
+      ModelFileError: as `read_config`, or nothing is there under that name.
+    """
+    path = Path(model)
+    if path.is_file():
+        return _parse(path, read_json(path))
+    if path.is_dir():
+        return read_config(path)
+    fields = preset(str(model))
+    if fields is None:
+        near = nearest_preset(str(model))
+        hint = f"; did you mean {near}?" if near else ""
+        raise ModelFileError(
+            f"{model}: no model directory, no config.json, and no known name; known are {', '.join(PRESETS)}{hint}"
+        )
+    return _parse(path, fields)
+
+
 def same_model(first: ModelConfig, second: ModelConfig) -> bool:
-    """Whether the two describe one function of the same weights; dtypes, scan and remat do not count."""
+    """Whether the two describe one function of the same weights; dtypes, scan, remat and blocks do not count."""
 
     def plain(config: ModelConfig) -> ModelConfig:
-        how = {"dtype": "float32", "param_dtype": "float32", "scan_layers": True, "remat": "none"}
+        how: dict[str, Any] = {"dtype": "float32", "param_dtype": "float32", "scan_layers": True, "remat": "none"}
         if isinstance(config, DecoderConfig):
-            how |= {"sliding_window": None, "sliding_layers": ()}
+            how |= {"sliding_window": None, "sliding_layers": (), "attention_block": 0}
         return replace(config, **how)
 
     windows = [config.windows if isinstance(config, DecoderConfig) else () for config in (first, second)]

@@ -36,6 +36,7 @@ from mor_jax.models import (
     ModelConfig,
     abstract_params,
     head_kernel,
+    logical_axes,
     make_model,
     read_config,
 )
@@ -47,9 +48,10 @@ from mor_jax.training.classification import (
     require_objective,
 )
 from mor_jax.training.config import ConfigError, TrainConfig
-from mor_jax.training.mesh import check_batch, make_mesh, param_specs, shardings_of
+from mor_jax.training.mesh import check_batch, make_mesh, row_ways
 from mor_jax.training.metrics import TargetRow
 from mor_jax.training.optimizer import make_optimizer, optimizer_bytes, plan_decay_mask
+from mor_jax.training.sharding import check_heads, param_specs, shardings_of
 from mor_jax.training.step import Loss, language_model_loss
 
 _LOGGER = logging.getLogger(__name__)
@@ -122,7 +124,7 @@ def build_run(config: TrainConfig, optimizer: optax.GradientTransformation | Non
         )
         raise ConfigError(f"{name}={getattr(config, name)!r}: give {remedy}")
     if config.compile_cache:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.compile_cache).absolute()))
+        use_compile_cache(config.compile_cache)
     mesh = choose_mesh(config)
     stored = base_config(config)
     require_objective(config, stored)
@@ -140,14 +142,20 @@ def build_run(config: TrainConfig, optimizer: optax.GradientTransformation | Non
         trained_modules=(*config.trained_modules, *head),
     )
     optimizer = make_optimizer(config, optimizer, plan_decay_mask(plan))
-    specs = param_specs(abstract_params(shape), mesh)
+    specs = base_specs(shape, mesh)
     params = load_base(config, stored, shape, shardings_of(specs, mesh))
     adapted = Adapted(base=model, plan=plan)
     if isinstance(shape, EncoderConfig):
         loss = classification_loss(adapted)
     else:
-        loss = language_model_loss(adapted, frozen_head(plan, shape), config.loss_chunk, shape.logit_softcap)
+        loss = decoder_loss(config, adapted, plan, shape, mesh)
     return Run(config, adapted, params, mesh, specs, loss, optimizer, batches, eval_batches, tasks)
+
+
+def use_compile_cache(folder: str | Path) -> None:
+    """Compiled programs are kept in `folder` and found there by later processes, small ones too: a run has dozens."""
+    jax.config.update("jax_compilation_cache_dir", str(Path(folder).absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def base_config(config: TrainConfig) -> ModelConfig:
@@ -159,6 +167,27 @@ def base_config(config: TrainConfig) -> ModelConfig:
         scan_layers=config.scan_layers,
         remat=config.remat,
     )
+
+
+def base_specs(shape: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
+    """Where a base's parameters live: a `PartitionSpec` for each, a decoder's by the names of its axes.
+
+    Raises:
+      MeshError: an axis or the heads do not divide.
+    """
+    params = abstract_params(shape)
+    if not isinstance(shape, DecoderConfig):
+        return param_specs(params, mesh)
+    check_heads(shape.num_heads, shape.num_kv_heads, mesh)
+    return param_specs(params, mesh, axes=logical_axes(params))
+
+
+def decoder_loss(
+    config: TrainConfig, adapted: Adapted, plan: AdapterPlan, shape: DecoderConfig, mesh: jax.sharding.Mesh
+) -> Loss:
+    """The next-token loss of a run, its chunks counted on each device."""
+    chunk = config.loss_chunk * row_ways(mesh)
+    return language_model_loss(adapted, frozen_head(plan, shape), chunk, shape.logit_softcap)
 
 
 def choose_mesh(config: TrainConfig) -> jax.sharding.Mesh:

@@ -1,7 +1,8 @@
-"""Device meshes and the shardings of everything that lives on them.
+"""Device meshes and the rows of a batch on them; `sharding.py` says where parameters live.
 
-    data    rows of the batch; parameters are copied
-    fsdp    rows of the batch and one axis of every large parameter
+    data      rows of the batch; parameters are copied
+    fsdp      rows of the batch and one axis of every large parameter
+    tensor    heads, inner widths and the vocabulary; each of its devices sees the same rows
 
 Axes are made with `AxisType.Auto`, so the compiler places collectives, and every jitted function is given explicit
 shardings for what goes in and comes out.
@@ -9,6 +10,7 @@ shardings for what goes in and comes out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 BATCH_AXES = ("data", "fsdp")
+AXES = (*BATCH_AXES, "tensor")
 
 
 class MeshError(ValueError):
@@ -26,7 +29,7 @@ class MeshError(ValueError):
 
 
 def make_mesh(description: str = "", devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with the axes `data` and `fsdp`.
+    """A mesh with the axes `data`, `fsdp` and `tensor`.
 
     Args:
       description: "data=2,fsdp=4"; an axis that is not named has size 1, one size may be -1 (all that is left), and an
@@ -44,21 +47,19 @@ def make_mesh(description: str = "", devices: Sequence[Any] | None = None) -> Me
     for axis, size in sizes.items():
         if size == -1:
             sizes[axis] = len(available) // known
-    needed = sizes["data"] * sizes["fsdp"]
+    needed = math.prod(sizes.values())
     if needed > len(available) or needed < 1 or (devices is not None and needed != len(available)):
         raise MeshError(f"mesh={description!r} asks for {needed or known} devices and there are {len(available)}")
-    shape = (sizes["data"], sizes["fsdp"])
-    return jax.make_mesh(shape, BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=available[:needed])
+    shape = tuple(sizes[axis] for axis in AXES)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=available[:needed])
 
 
 def _parse(description: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in description.split(","):
         axis, separator, text = part.strip().partition("=")
-        if axis not in BATCH_AXES or not separator or axis in sizes:
-            raise MeshError(
-                f"mesh={description!r}: write each of {', '.join(BATCH_AXES)} at most once, as in data=2,fsdp=4"
-            )
+        if axis not in AXES or not separator or axis in sizes:
+            raise MeshError(f"mesh={description!r}: write each of {', '.join(AXES)} at most once, as in data=2,fsdp=4")
         try:
             sizes[axis] = int(text)
         except ValueError:
@@ -67,45 +68,7 @@ def _parse(description: str) -> dict[str, int]:
             raise MeshError(f"mesh={description!r}: the size of {axis} must be at least 1, or -1 for all that is left")
     if list(sizes.values()).count(-1) > 1:
         raise MeshError(f"mesh={description!r}: only one size may be -1")
-    return {axis: sizes.get(axis, 1) for axis in BATCH_AXES}
-
-
-def param_specs(params: Any, mesh: Mesh, smallest: int = 2**14) -> Any:
-    """A `PartitionSpec` for every base parameter: its largest axis that divides goes over `fsdp`.
-
-    The layer axis of a scanned kernel (the first of three) stays whole, because the scan reads one layer at a time.
-
-    Args:
-      params: pytree of arrays or `ShapeDtypeStruct`s.
-      mesh: of `make_mesh`.
-      smallest: parameters with fewer elements stay whole on each device.
-
-    Raises:
-      MeshError: no axis of a large parameter divides by the size of `fsdp`; names parameter and shape.
-    """
-    size = mesh.shape["fsdp"]
-
-    def spec(path, leaf):
-        if size == 1 or leaf.size < smallest:
-            return PartitionSpec()
-        axes = range(1 if leaf.ndim >= 3 else 0, leaf.ndim)
-        divisible = [axis for axis in axes if leaf.shape[axis] % size == 0]
-        if not divisible:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise MeshError(
-                f"{name} of shape {leaf.shape} has no axis that divides by fsdp={size}: choose another size"
-            )
-        largest = max(divisible, key=lambda axis: leaf.shape[axis])
-        return PartitionSpec(*("fsdp" if axis == largest else None for axis in range(largest + 1)))
-
-    return jax.tree.map_with_path(spec, params)
-
-
-def shardings_of(specs: Any, mesh: Mesh) -> Any:
-    """The `NamedSharding`s on `mesh` of a pytree of `PartitionSpec`s."""
-    return jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
-    )
+    return {axis: sizes.get(axis, 1) for axis in AXES}
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -114,8 +77,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of a (B, S) array of a batch: its rows over all devices."""
+    """The sharding of a (B, S) array of a batch: its rows over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def row_ways(mesh: Mesh) -> int:
+    """How many parts the rows of a batch are split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
@@ -124,18 +92,13 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
     Raises:
       MeshError: they do not; says which batch size would.
     """
-    unit = mesh.size * accumulate
+    ways = row_ways(mesh)
+    unit = ways * accumulate
     if batch_size % unit:
-        raise MeshError(
-            f"batch_size={batch_size}: {mesh.size} devices and accumulate={accumulate} need a multiple of {unit}"
-        )
+        split = f"{mesh.size} devices" if ways == mesh.size else f"rows split {ways} ways"
+        raise MeshError(f"batch_size={batch_size}: {split} and accumulate={accumulate} need a multiple of {unit}")
 
 
 def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, Array]:
-    """The batch on the devices of `mesh`, rows dealt over all of them."""
+    """The batch on the devices of `mesh`, rows dealt over `data` and `fsdp`."""
     return jax.device_put(batch, batch_sharding(mesh))
-
-
-def put_params(params: Any, specs: Any, mesh: Mesh) -> Any:
-    """`params` placed on `mesh` as `specs` say."""
-    return jax.device_put(params, shardings_of(specs, mesh))

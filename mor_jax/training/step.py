@@ -19,14 +19,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax.linen.spmd import with_logical_constraint
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
 from mor_jax.adapters import AdapterInputs, Leaves
 from mor_jax.injection import Adapted, AdapterPlan, adapter_specs, init_leaves, init_probes, prepare_leaves
+from mor_jax.models.logical_axes import RESIDUAL
 from mor_jax.optim import Rules, mean_penalty
 from mor_jax.training.losses import chunked_cross_entropy, cross_entropy
-from mor_jax.training.mesh import batch_sharding, replicated, shardings_of
+from mor_jax.training.mesh import batch_sharding, replicated
+from mor_jax.training.sharding import on_mesh, shardings_of, spread
 
 Params = Mapping[str, Any]
 Batch = Mapping[str, Array]
@@ -88,7 +91,9 @@ def language_model_loss(
             logits = adapted.apply(variables, *arguments, adapter_inputs=inputs)
             return cross_entropy(logits, batch["targets"], batch["loss_mask"])
         hidden = adapted.apply(variables, *arguments, output="hidden", adapter_inputs=inputs)
+        hidden = with_logical_constraint(hidden, RESIDUAL)
         kernel = jax.lax.stop_gradient(head(variables["params"]))
+        kernel = with_logical_constraint(kernel, (None, "vocab"))  # gathered once, not in every chunk
         return chunked_cross_entropy(hidden, kernel, batch["targets"], batch["loss_mask"], chunk, softcap)
 
     return loss
@@ -163,6 +168,37 @@ def init_state(
     """
     plan = _plan(adapted)
     rules = _checked_rules(plan, rules)
+    if mesh is None:
+        state, constants = jax.jit(_start(plan, optimizer, rules))(key, params)
+        return state, constants, None
+    _, _, shardings = abstract_state(adapted, params, optimizer, mesh, specs, rules)
+    make = jax.jit(
+        _start(plan, optimizer, rules),
+        in_shardings=(replicated(mesh), shardings.params),
+        out_shardings=(shardings.state, shardings.constants),
+    )
+    state, constants = make(key, params)
+    return state, constants, shardings
+
+
+def abstract_state(
+    adapted: Adapted,
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    specs: Any,
+    rules: Rules | None = None,
+) -> tuple[TrainState, Any, StateShardings]:
+    """What `init_state` returns, as shapes: nothing is allocated, and `mesh` may be of devices that are not there."""
+    plan = _plan(adapted)
+    make = _start(plan, optimizer, _checked_rules(plan, rules))
+    key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
+    state, constants = jax.eval_shape(make, key, params)
+    return state, constants, state_shardings(plan, state, constants, optimizer, specs, mesh)
+
+
+def _start(plan: AdapterPlan, optimizer: optax.GradientTransformation, rules: Rules) -> Callable[..., Any]:
+    """(key, params) -> (state before step one, constants of the adapters)."""
 
     def make(key, params):
         leaves = init_leaves(jax.random.fold_in(key, 0), plan, params)
@@ -171,15 +207,7 @@ def init_state(
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, leaves.params, leaves.state, opt_state, rules.init(leaves), root), leaves.constants
 
-    if mesh is None:
-        state, constants = jax.jit(make)(key, params)
-        return state, constants, None
-    abstract, constants = jax.eval_shape(make, key, params)
-    shardings = state_shardings(plan, abstract, constants, optimizer, specs, mesh)
-    state, constants = jax.jit(
-        make, in_shardings=(replicated(mesh), shardings.params), out_shardings=(shardings.state, shardings.constants)
-    )(key, params)
-    return state, constants, shardings
+    return make
 
 
 def state_shardings(
@@ -188,11 +216,11 @@ def state_shardings(
     """Shardings for an (abstract) state: adapters follow their kernels, moments follow their adapters."""
     known = adapter_specs(plan, specs)
 
-    def spec(path, _):
+    def spec(path, leaf):
         found: Any = known
         for part in path:
             found = found.get(part.key, PartitionSpec()) if isinstance(found, Mapping) else found
-        return found if isinstance(found, PartitionSpec) else PartitionSpec()
+        return spread(found if isinstance(found, PartitionSpec) else PartitionSpec(), leaf, mesh)
 
     own = jax.tree.map_with_path(spec, state.adapters)
     whole = lambda tree: jax.tree.map(lambda _: PartitionSpec(), tree)  # noqa: E731 - one line, used thrice
@@ -267,7 +295,8 @@ def make_step(
     if shardings is not None:
         options["in_shardings"] = (shardings.state, shardings.params, shardings.constants, shardings.batch)
         options["out_shardings"] = (shardings.state, shardings.metrics)
-    return Step(jax.jit(step, **options), {} if constants is None else constants, leaf_names(adapters or {}))
+    placed = on_mesh(step, None if shardings is None else shardings.batch.mesh)
+    return Step(jax.jit(placed, **options), {} if constants is None else constants, leaf_names(adapters or {}))
 
 
 def _plan(adapted: Adapted) -> AdapterPlan:

@@ -75,8 +75,9 @@ def test_a_plain_calibration_file_need_not_name_a_task(capsys, tmp_path, mor_run
 
 
 def test_without_gates_the_merge_that_measures_best_is_taken(capsys, tmp_path, mor_run):
-    result = run_json(capsys, "merge", mor_run, "--output-dir", str(tmp_path / "merged"), "--batches", "2")
-    assert set(result["candidates"]) == {"mean", "least_squares", "sequential"}
+    words = ("--batches", "2", "--steps", "2")
+    result = run_json(capsys, "merge", mor_run, "--output-dir", str(tmp_path / "merged"), *words)
+    assert set(result["candidates"]) == {"mean", "least_squares", "sequential", "distill"}
     assert result["method"] == min(result["candidates"], key=result["candidates"].get)
 
 
@@ -134,13 +135,28 @@ def test_the_adapter_alone_is_the_runs_own(capsys, tmp_path, mor_run):
         assert (out / name).read_bytes() == (Path(mor_run) / "adapter" / name).read_bytes()
 
 
-def test_routed_gates_go_to_peft_as_the_lora_that_imitates_them(capsys, tmp_path, mor_run):
+@pytest.mark.oracle
+@pytest.mark.parametrize("gates", ["least_squares", "distill"])
+def test_routed_gates_go_to_peft_as_the_lora_that_imitates_them(capsys, tmp_path, mor_run, gates):
+    pytest.importorskip("peft")
     out = tmp_path / "out"
-    words = ("--format", "peft", "--gates", "least_squares", "--rank", "5", "--batches", "2")
-    result = run_json(capsys, "export", mor_run, "--output-dir", str(out), *words)
-    assert result["fidelity"]["method"] == "least_squares, rank 5"
+    words = ("--gates", gates, "--rank", "5", "--batches", "2", "--steps", "3")
+    result = run_json(capsys, "export", mor_run, "--output-dir", str(out), "--format", "peft", "--verify", *words)
+    assert (result["verified"], result["verified_with"]) == (True, "peft")
+    assert result["fidelity"]["method"] == f"{gates}, rank 5"
     assert json.loads((out / "adapter_config.json").read_text())["r"] == 5
     assert json.loads((out / "fidelity.json").read_text())["kl"] == result["fidelity"]["kl"]
+    merged = run_json(capsys, "merge", mor_run, "--output-dir", str(tmp_path / "merged"), *words)
+    assert (merged["exact"], merged["method"]) == (False, f"{gates}, rank 5")
+    np.testing.assert_allclose(merged["kl"], result["fidelity"]["kl"], rtol=1e-5)  # of the same LoRA
+
+
+def test_more_steps_of_distillation_imitate_better(capsys, tmp_path, mor_run):
+    kl = {}
+    for steps in ("0", "40"):
+        words = ("--gates", "distill", "--batches", "2", "--steps", steps, "--learning-rate", "0.01")
+        kl[steps] = run_json(capsys, "merge", mor_run, "--output-dir", str(tmp_path / steps), *words)["kl"]
+    assert kl["40"] < kl["0"]
 
 
 def test_an_export_that_differs_is_a_fault(capsys, tmp_path, lora_run, monkeypatch):
@@ -176,13 +192,15 @@ def test_calibration_and_held_out_rows_share_no_example(mor_run):
 
 
 BAD_OPTIONS = [
-    (["--gates", "distill"], "not built yet"),
+    (["--gates", "mean", "--rank", "3"], "make a LoRA"),
     (["--gates", "task:none"], "add, shout"),
     (["--gates", "medium"], "least_squares"),
     (["--batches", "0"], "--batches"),
     (["--calibration", "/no/file.jsonl"], "/no/file.jsonl"),
     (["--calibration", "EMPTY"], "empty.jsonl"),
     (["--calibration", "BROKEN"], "broken.jsonl:1"),
+    (["--gates", "distill", "--steps", "-1"], "--steps"),
+    (["--gates", "distill", "--learning-rate", "0"], "--learning-rate"),
 ]
 BAD_EXPORTS = [
     (["--format", "onnx"], "--format"),

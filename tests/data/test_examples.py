@@ -1,11 +1,14 @@
 """A mixture as flat arrays: nothing lost, nothing uncounted, task ids, and damage named by file and line."""
 
+import hashlib
 import json
+import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from mor_jax.data import DataError, DataSource, load_examples
+from mor_jax.data import DataError, DataSource, load_examples, make_iterator, make_plan
 
 
 @pytest.fixture
@@ -98,3 +101,35 @@ def test_nothing_to_learn_from(write_jsonl, tokenizer):
         load_examples([DataSource(path)], tokenizer, 1)
     with pytest.raises(ValueError, match="overlong must be one of"):
         load_examples([DataSource(path)], tokenizer, 5, "cut")
+
+
+def test_a_mixture_need_not_fit_into_memory(write_jsonl, tokenizer, tmp_path):
+    """What Python and NumPy allocate while reading and hashing stays far under what tokens and masks take."""
+    path = write_jsonl({"text": "a" * 3000} for _ in range(300))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    load_examples([DataSource(path)], tokenizer, 2048, scratch=scratch)  # imports and caches are not counted
+    tracemalloc.start()
+    try:
+        found = load_examples([DataSource(path)], tokenizer, 2048, scratch=scratch)
+        assert len(found.fingerprint) == 64
+        plan = make_plan(found, 4096)
+        batch = next(make_iterator(found, plan, 2))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(found.tokens) == 300 * 2048
+    assert peak < (found.tokens.nbytes + found.learned.nbytes) / 4
+    assert not list(scratch.iterdir())  # nothing is left behind, whoever ends the process
+    assert not found.tokens.flags.writeable
+    assert batch["input_ids"].tolist() == [[tokenizer.convert_tokens_to_ids("a")] * 4096] * 2
+
+
+def test_the_fingerprint_is_the_hash_of_the_arrays_bytes(mixture, tokenizer):
+    found = load_examples(mixture, tokenizer, 100)
+    fields = ("tokens", "learned", "offsets", "prompt_lengths", "source_ids", "task_ids")
+    raw = b"".join(getattr(found, name).tobytes() for name in fields)
+    assert found.fingerprint == hashlib.sha256(b"x\0y" + raw).hexdigest()
+    again = load_examples(mixture, tokenizer, 100)
+    assert again.fingerprint == found.fingerprint
+    assert replace(again, prompt_lengths=again.prompt_lengths + 1).fingerprint != found.fingerprint

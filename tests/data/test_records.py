@@ -39,6 +39,23 @@ MARKED = {
         "</s>",
         "<s>",
     ),
+    "gemma": (  # another role's name, and an end of turn that is not the end of the text
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<turn>model\n' }}"
+        "{% generation %}{{ m['content'] | trim + '<end_of_turn>\n' }}{% endgeneration %}"
+        "{% else %}{{ '<turn>' + m['role'] + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<turn>model\n' }}{% endif %}",
+        "<eos>",
+        "<bos>",
+    ),
+    "default_system": (  # a system turn of the template's own where the conversation has none
+        "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+        "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
+        "{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        "<|im_end|>",
+        None,
+    ),
     "ends_without_eos": (
         "{% for m in messages %}{{ m['role'] + ': ' }}{% if m['role'] == 'assistant' %}"
         "{% generation %}{{ m['content'] + ';\n' }}{% endgeneration %}{% else %}{{ m['content'] + ';\n' }}{% endif %}"

@@ -160,6 +160,20 @@ def test_a_hub_name_goes_to_datasets(monkeypatch, dataset):
         read("hub:owner/name")
 
 
+def test_a_dataset_repository_is_read_by_name(tmp_path, monkeypatch, dataset):
+    """`datasets` itself resolves the name; a folder of that name stands in for the hub."""
+    folder = tmp_path / "owner" / "name" / "data"
+    folder.mkdir(parents=True)
+    dataset.select([0]).to_parquet(folder / "train-00000-of-00001.parquet")
+    dataset.select([1]).to_parquet(folder / "test-00000-of-00001.parquet")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    assert read("hub:owner/name") == [("hub:owner/name: row 1", RECORDS[0])]
+    assert read("hub:owner/name@test") == [("hub:owner/name@test: row 1", RECORDS[1])]
+    with pytest.raises(DataError, match=r"^hub:owner/name@none: cannot be loaded \(.*none"):
+        read("hub:owner/name@none")
+
+
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [

@@ -257,6 +257,13 @@ def test_best_is_the_smallest_measured_kl_and_task_merges_fit_their_task(toy):
     assert set(report.candidates) == {"mean", "least_squares", "sequential"}
     assert report.method == min(report.candidates, key=report.candidates.get)
     assert jax.tree.structure(merged) == jax.tree.structure(params)
+    others = {"mine": lambda: merged, "worse": lambda: params}
+    _, again = merge_routed(model, params, leaves, plan, others=others, **options)
+    assert again.candidates == report.candidates | {"mine": min(report.candidates.values())} | {
+        "worse": again.candidates["worse"]
+    }
+    assert again.candidates["worse"] > again.candidates["mine"]
+    assert merge_routed(model, params, leaves, plan, gates="worse", others=others, **options)[0] is params
     task, _ = merge_routed(model, params, leaves, plan, gates="task:second", **options)
     gates = mean_gates(model, params, leaves, plan, data, call=call, task=1)
     jax.tree.map(np.testing.assert_array_equal, task, merge(params, leaves, plan, gates))

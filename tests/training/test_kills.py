@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec
 from mor_jax.models import abstract_params
 from mor_jax.training.checkpoint import Checkpoints
 from mor_jax.training.config import save_config
-from mor_jax.training.mesh import make_mesh, param_specs
+from mor_jax.training.mesh import make_mesh
+from mor_jax.training.sharding import param_specs
 
 STEPS, SAVE_EVERY = 40, 3
 KILLS = ("in a save", "anywhere", "in a save", "anywhere", "in a save")

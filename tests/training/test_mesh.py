@@ -4,12 +4,20 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from mor_jax.training.mesh import MeshError, check_batch, make_mesh, param_specs, put_batch
+from mor_jax.training.mesh import MeshError, check_batch, make_mesh, put_batch
+from mor_jax.training.sharding import param_specs
 
 
 @pytest.mark.parametrize(
     ("description", "sizes"),
-    [("", (8, 1)), ("data=2,fsdp=4", (2, 4)), ("fsdp=-1", (1, 8)), ("data=2, fsdp=-1", (2, 4)), ("data=3", (3, 1))],
+    [
+        ("", (8, 1)),
+        ("data=2,fsdp=4", (2, 4)),
+        ("fsdp=-1", (1, 8)),
+        ("data=2, fsdp=-1", (2, 4)),
+        ("data=3", (3, 1)),
+        ("tensor=4,data=2", (2, 1)),
+    ],
 )
 def test_descriptions_become_meshes(description, sizes):
     mesh = make_mesh(description)
@@ -18,7 +26,7 @@ def test_descriptions_become_meshes(description, sizes):
 
 
 @pytest.mark.parametrize(
-    "description", ["data=9", "data=0", "data=-2", "data=-1,fsdp=-1", "tensor=2", "data=2,data=2", "data", "data=two"]
+    "description", ["data=9", "data=0", "data=-2", "data=-1,fsdp=-1", "sequence=2", "data=2,data=2", "data", "data=two"]
 )
 def test_impossible_descriptions_are_named(description):
     with pytest.raises(MeshError, match="mesh=") as caught:

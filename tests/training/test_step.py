@@ -7,7 +7,8 @@ import optax
 import pytest
 import tiny_training as tiny
 
-from mor_jax.training.mesh import make_mesh, param_specs
+from mor_jax.training.mesh import make_mesh
+from mor_jax.training.sharding import param_specs
 
 SGD = optax.sgd(1.0)  # the new adapters show the gradient
 CLIPPED = optax.chain(optax.clip_by_global_norm(1.0), SGD)

@@ -48,7 +48,7 @@ def setup(adapted=None, optimizer=None, *, accumulate=1, num_tasks=2, mesh=None,
     optimizer = optimizer or optax.adam(1e-2)
     params = params_of(config)
     if mesh is not None:
-        from mor_jax.training.mesh import put_params
+        from mor_jax.training.sharding import put_params
 
         params = put_params(params, specs, mesh)
     state, constants, shardings = init_state(jax.random.key(0), adapted, params, optimizer, mesh, specs)

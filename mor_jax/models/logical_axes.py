@@ -1,0 +1,64 @@
+"""Names of the axes of a decoder's arrays; which mesh axes they are split over is decided elsewhere.
+
+    vocab                   tokens of the vocabulary
+    embed                   the residual stream, as an axis of a parameter
+    heads, kv_heads, mlp    query heads, key-value heads, the inner width of the MLP
+    layers                  the stacked layers of a scan
+    batch, length           rows and their tokens, of activations only
+
+An axis without a name (None) is never split: norms, and the residual stream of activations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+Axes = tuple[str | None, ...]
+
+RESIDUAL: Axes = ("batch", "length", None)
+INNER: Axes = ("batch", "length", "mlp")
+QUERY_HEADS: Axes = ("batch", "length", "heads", None)
+KEY_HEADS: Axes = ("batch", "length", "kv_heads", None)
+
+_KERNELS: dict[str, Axes] = {
+    "embed_tokens": ("vocab", "embed"),
+    "lm_head": ("embed", "vocab"),
+    "q_proj": ("embed", "heads"),
+    "k_proj": ("embed", "kv_heads"),
+    "v_proj": ("embed", "kv_heads"),
+    "o_proj": ("heads", "embed"),
+    "gate_proj": ("embed", "mlp"),
+    "up_proj": ("embed", "mlp"),
+    "down_proj": ("mlp", "embed"),
+}
+
+
+def logical_axes(params: Any) -> Any:
+    """A tuple of axis names for each parameter of a decoder, in a tree like `params`.
+
+    Args:
+      params: arrays or shapes, layers stacked or apart.
+
+    Raises:
+      ValueError: a matrix has no line in the table; names it.
+    """
+
+    def names(path: tuple[Any, ...], leaf: Any) -> Axes:
+        module, kind = path[-2].key, path[-1].key
+        stacked: Axes = ("layers",) if path[0].key == "layers" else ()
+        if kind == "scale":
+            own: Axes = (None,)
+        elif module in _KERNELS and kind in ("kernel", "embedding", "bias"):
+            own = _KERNELS[module][-1:] if kind == "bias" else _KERNELS[module]
+        else:
+            own = ()
+        if len(stacked + own) != leaf.ndim:
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"{where} of shape {leaf.shape} has no logical axes: add it to mor_jax/models/logical_axes.py"
+            )
+        return stacked + own
+
+    return jax.tree.map_with_path(names, params)

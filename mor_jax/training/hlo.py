@@ -1,0 +1,251 @@
+"""What a compiled program moves and multiplies, with every loop's body counted as often as it runs.
+
+XLA's own cost analysis counts a loop's body once, so a model that scans over its layers looks as cheap as one layer.
+Here floating-point operations are counted in the jaxpr, where a scan knows its length, and bytes and collectives in
+the partitioned program's text, where a loop's condition compares its counter with a constant.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+_BYTES |= {"s64": 8, "u64": 8, "f64": 8, "s4": 1, "u4": 1, "f8e4m3fn": 1, "f8e5m2": 1}
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_ARRAY_AND_LAYOUT = re.compile(r"\b[a-z]\w*\[[\d,]*\](?:\{[^}]*\})?")
+_ON_CHIP = re.compile(r"\b[a-z]\w*\[[\d,]*\]\{[^}]*S\([1-9]\d*\)[^}]*\}")  # a layout that names a memory beside HBM
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_NOT_MEMORY = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"}
+_NOT_MEMORY |= {"after-all", "partition-id", "replica-id", "iota", "broadcast", "reshape"}
+
+
+def count_flops(jaxpr: Any) -> float:
+    """Operations of the matrix products of one call over all devices, 2 m n k each, scans counted in full.
+
+    Args:
+      jaxpr: of `jax.make_jaxpr(f)(...)` or `jax.jit(f).trace(...).jaxpr`.
+    """
+    return _flops_of(getattr(jaxpr, "jaxpr", jaxpr))
+
+
+def _flops_of(jaxpr: Any) -> float:
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            ((contracted, _), _) = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+            continue
+        repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        branches = [_flops_of(inner) for inner in _inner_jaxprs(equation.params)]
+        if branches:
+            total += max(branches) if equation.primitive.name == "cond" else repeats * sum(branches)
+    return total
+
+
+def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+    for name, value in params.items():
+        if name in ("fwd_jaxpr_thunk", "bwd", "jvp_jaxpr_fun"):
+            continue
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(item, "eqns"):
+                yield item
+            elif hasattr(item, "jaxpr") and hasattr(item.jaxpr, "eqns"):
+                yield item.jaxpr
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a computation: its name, output type, operation, operands and the rest of the line."""
+
+    name: str
+    type: str
+    operation: str
+    operands: tuple[str, ...]
+    text: str
+
+
+@dataclass
+class Traffic:
+    """Bytes of one device in one call.
+
+    Attributes:
+      memory: read and written by fusions, products and copies.
+      collectives: sent and received, by kind.
+      counts: how often each kind runs.
+      largest: the largest output of each kind, bytes.
+      channels: of the asynchronous collectives that are counted already.
+      gathered: sizes of the axes of each array that an all-gather makes, sorted.
+    """
+
+    memory: float = 0.0
+    collectives: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    largest: dict[str, int] = field(default_factory=dict)
+    channels: set[str] = field(default_factory=set)
+    gathered: set[tuple[int, ...]] = field(default_factory=set)
+
+
+def type_bytes(text: str) -> int:
+    """Bytes of all arrays in an HLO type, as in "(bf16[2,4]{1,0}, s32[])"."""
+    total = 0
+    for kind, shape in _ARRAY.findall(text):
+        total += _BYTES.get(kind, 0) * math.prod(int(size) for size in shape.split(",") if size)
+    return total
+
+
+def memory_bytes(text: str) -> int:
+    """`type_bytes` of the arrays that live in a device's main memory."""
+    return type_bytes(_ON_CHIP.sub("", text))
+
+
+def parse_computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """({computation: its instructions in order}, name of the entry) of a compiled module's text."""
+    computations: dict[str, list[Instruction]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        header = _HEADER.match(line)
+        if header and " = " not in line.split("(", 1)[0]:
+            current = computations.setdefault(header[2], [])
+            entry = header[2] if header[1] else entry
+        elif line.startswith("}"):
+            current = None
+        elif current is not None and (found := _INSTRUCTION.match(line)):
+            inside = _balanced(found[4])
+            names = tuple(re.findall(r"%([\w.\-]+)", inside))
+            current.append(Instruction(found[1], found[2], found[3], names, line))
+    return computations, entry
+
+
+def _balanced(text: str) -> str:
+    """Up to the parenthesis that closes the operand list."""
+    depth = 1
+    for index, sign in enumerate(text):
+        depth += (sign == "(") - (sign == ")")
+        if depth == 0:
+            return text[:index]
+    return text
+
+
+def measure_traffic(text: str) -> Traffic:
+    """Memory and collective bytes of a compiled module's text (`compiled.as_text()`)."""
+    computations, entry = parse_computations(text)
+    traffic = Traffic()
+    _add(computations, entry, 1, traffic)
+    return traffic
+
+
+def trip_count(computations: dict[str, list[Instruction]], condition: str) -> int:
+    """How often a loop runs whose counter starts at 0: the largest integer constant that its condition holds."""
+    counts = [1]
+    for instruction in computations.get(condition, ()):
+        if found := re.search(r" constant\((\d+)\)", instruction.text):
+            counts.append(int(found[1]))
+        elif instruction.operation == "fusion":
+            counts.append(trip_count(computations, _called(instruction, "calls")))
+    return max(counts)
+
+
+def _called(instruction: Instruction, attribute: str) -> str:
+    found = re.search(rf"{attribute}=%?([\w.\-]+)", instruction.text)
+    return found[1] if found else ""
+
+
+def _add(computations: dict[str, list[Instruction]], name: str, times: int, traffic: Traffic) -> None:
+    types = {instruction.name: instruction.type for instruction in computations.get(name, ())}
+    for instruction in computations.get(name, ()):
+        operation = instruction.operation
+        kind = operation.removesuffix("-start")
+        if kind in COLLECTIVES:
+            _add_collective(instruction, kind, times, types, traffic)
+        elif operation == "while":
+            inner = times * trip_count(computations, _called(instruction, "condition"))
+            _add(computations, _called(instruction, "body"), inner, traffic)
+        elif operation == "fusion":
+            _add_fused_collectives(computations, _called(instruction, "calls"), times, traffic)
+        elif operation in ("call", "async-start"):
+            _add(computations, _called(instruction, "to_apply") or _called(instruction, "calls"), times, traffic)
+        elif operation == "conditional":
+            for branch in re.findall(r"%([\w.\-]+)", instruction.text.split("branch_computations=")[-1].split("}")[0]):
+                _add(computations, branch, times, traffic)
+        if operation not in _NOT_MEMORY and not operation.endswith("-done"):
+            traffic.memory += times * _touched(computations, instruction, types)
+
+
+def _add_fused_collectives(computations: dict[str, list[Instruction]], name: str, times: int, traffic: Traffic) -> None:
+    """A TPU's asynchronous collective is a fusion that starts it and others that go on with it, all of one channel."""
+    types = {instruction.name: instruction.type for instruction in computations.get(name, ())}
+    for instruction in computations.get(name, ()):
+        kind = instruction.operation.removesuffix("-start")
+        if kind not in COLLECTIVES:
+            continue
+        channel = re.search(r"channel_id=(\d+)", instruction.text)
+        if channel is None or channel[1] not in traffic.channels:
+            _add_collective(instruction, kind, times, types, traffic)
+        if channel is not None:
+            traffic.channels.add(channel[1])
+
+
+def _add_collective(instruction: Instruction, kind: str, times: int, types: dict[str, str], traffic: Traffic) -> None:
+    """A ring sends each device about what it ends up with; an all-reduce twice that."""
+    if kind == "all-gather":
+        shapes = [shape.split(",") for _, shape in _ARRAY.findall(instruction.type)]
+        traffic.gathered |= {tuple(sorted(int(size) for size in shape if size)) for shape in shapes}
+    given = sum(type_bytes(types.get(operand, "")) for operand in instruction.operands)
+    made = type_bytes(instruction.type)
+    made = made - given if instruction.operation.endswith("-start") else made
+    size = {"all-gather": made, "all-reduce": 2 * given}.get(kind, given or made)
+    traffic.collectives[kind] = traffic.collectives.get(kind, 0.0) + times * size
+    traffic.counts[kind] = traffic.counts.get(kind, 0) + times
+    traffic.largest[kind] = max(traffic.largest.get(kind, 0), made)
+
+
+def _touched(computations: dict[str, list[Instruction]], instruction: Instruction, types: dict[str, str]) -> int:
+    """Bytes read and written; a slice of a stacked array counts as the slice, an update in place as the update."""
+    operation = instruction.operation
+    if operation in ("dynamic-slice", "slice", "gather"):
+        return 2 * memory_bytes(instruction.type)
+    if operation in ("dynamic-update-slice", "scatter"):
+        return 2 * memory_bytes(types.get(instruction.operands[1], "")) if len(instruction.operands) > 1 else 0
+    if operation != "fusion":
+        return memory_bytes(instruction.type) + sum(memory_bytes(types.get(name, "")) for name in instruction.operands)
+    body = computations.get(_called(instruction, "calls"), [])
+    if any(inner.operation.removesuffix("-start") in COLLECTIVES for inner in body):
+        return _touched_beside_collective(instruction, types)
+    read = sum(_read_by_fusion(body, index, types.get(name, "")) for index, name in enumerate(instruction.operands))
+    return read + _written_by_fusion(body, instruction.type)
+
+
+def _touched_beside_collective(instruction: Instruction, types: dict[str, str]) -> int:
+    """Bytes of a fusion that also carries a collective on: its buffers pass through and are not touched here."""
+    made = _ARRAY_AND_LAYOUT.findall(instruction.type)
+    given = [array for name in instruction.operands for array in _ARRAY_AND_LAYOUT.findall(types.get(name, ""))]
+    for array in tuple(made):
+        if array in given:
+            made.remove(array)
+            given.remove(array)
+    return sum(map(memory_bytes, made + given))
+
+
+def _read_by_fusion(body: list[Instruction], index: int, operand_type: str) -> int:
+    name = next((i.name for i in body if i.operation == "parameter" and f"parameter({index})" in i.text), None)
+    users = [i for i in body if name in i.operands]
+    if users and all(user.operation == "dynamic-slice" for user in users):
+        return sum(memory_bytes(user.type) for user in users)
+    if users and all(user.operation == "dynamic-update-slice" and user.operands[0] == name for user in users):
+        return 0
+    return memory_bytes(operand_type)
+
+
+def _written_by_fusion(body: list[Instruction], output_type: str) -> int:
+    updates = [i for i in body if i.operation == "dynamic-update-slice"]
+    if updates and body and (body[-1].operation in ("dynamic-update-slice", "bitcast", "tuple")):
+        types = {i.name: i.type for i in body}
+        return sum(memory_bytes(types.get(update.operands[1], "")) for update in updates)
+    return memory_bytes(output_type)

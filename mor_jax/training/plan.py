@@ -1,0 +1,282 @@
+"""What a training step needs on a slice that is not there: the exact step of `mor train`, compiled from shapes alone.
+
+The compiler tells memory; operations are counted in the program's own jaxpr, bytes and collectives in its partitioned
+text (`hlo.py`). The time is a roofline: the largest of operations / peak, HBM bytes / bandwidth and collective bytes /
+link bandwidth, as if the three overlapped perfectly, because the compiler's own estimate counts loop bodies once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mor_jax.injection import Adapted, AdapterPlan, resolve_sites
+from mor_jax.models import Decoder, DecoderConfig, abstract_params
+from mor_jax.optim import plan_rules
+from mor_jax.training.build import base_specs, decoder_loss
+from mor_jax.training.config import TrainConfig
+from mor_jax.training.hlo import Traffic, count_flops, measure_traffic
+from mor_jax.training.mesh import MeshError, check_batch, make_mesh
+from mor_jax.training.optimizer import make_optimizer, plan_decay_mask
+from mor_jax.training.step import Step, abstract_state, make_step
+from mor_jax.training.topology import Chip, Topology
+
+BATCH_FIELDS = ("input_ids", "targets", "loss_mask", "segment_ids", "positions", "task_ids", "prompt_mask")
+REMATS = ("none", "dots", "full")
+_SPLITS = (1, 2, 4)  # sizes of data and tensor that the search tries beside fsdp
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """One plan: how a step is laid out and what it costs on one device.
+
+    Attributes:
+      topology: name of the slice.
+      mesh: "data=1,fsdp=16,tensor=1".
+      remat: what the backward pass recomputes.
+      accumulate: micro-batches of a step.
+      fits: whether the peak is within the capacity.
+      peak_bytes_per_device: arguments, outputs that are not theirs, and temporaries.
+      capacity_bytes: of one device.
+      argument_bytes: base, adapters, optimiser state and batch.
+      temporary_bytes: everything alive only inside the step.
+      flops: matrix products of the whole step over all devices.
+      bytes: memory traffic of one device.
+      collectives: {kind: {"bytes": of one device, "count": ..., "largest": bytes of its largest output}}.
+      estimated_seconds: by the roofline, whose three roofs follow; None where the chip's speed is not known.
+      mfu: 4 N operations a token (forward, and backward to the activations) / peak / estimated_seconds.
+      gathered_stacks: stacked base parameters that some device holds whole at a time; there should be none.
+      trainable_parameters: of the adapters.
+      problem: the compiler's own words when it refused; "" otherwise.
+    """
+
+    topology: str
+    mesh: str
+    remat: str
+    accumulate: int
+    fits: bool
+    peak_bytes_per_device: int
+    capacity_bytes: int
+    flops: float
+    argument_bytes: int = 0
+    temporary_bytes: int = 0
+    bytes: float = 0.0
+    collectives: dict[str, dict[str, float]] = field(default_factory=dict)
+    compute_seconds: float | None = None
+    memory_seconds: float | None = None
+    network_seconds: float | None = None
+    estimated_seconds: float | None = None
+    mfu: float | None = None
+    gathered_stacks: tuple[str, ...] = ()
+    trainable_parameters: int = 0
+    problem: str = ""
+
+
+def plan_step(
+    config: TrainConfig, shape: DecoderConfig, mesh: jax.sharding.Mesh
+) -> tuple[Step, tuple[Any, Any, Any], AdapterPlan]:
+    """(the step of a run on `mesh`, its arguments as shapes, its adapter plan); nothing is allocated.
+
+    Args:
+      config: of the run; its batch size, sequence length, method, targets and optimiser count.
+      shape: of the base, with the run's dtypes and remat.
+      mesh: over real or compile-only devices.
+
+    Raises:
+      MeshError, InjectionError: the mesh does not fit the model, or a target matches nothing.
+    """
+    specs = base_specs(shape, mesh)
+    decoder, params = Decoder(shape), abstract_params(shape)
+    plan = resolve_sites(
+        decoder,
+        config.adapter(),
+        config.target_modules,
+        jax.ShapeDtypeStruct((1, 8), jnp.int32),
+        overrides=config.override_adapters(),
+        trained_modules=config.trained_modules,
+    )
+    adapted = Adapted(base=decoder, plan=plan)
+    rules = plan_rules(plan, config.steps)
+    optimizer = rules.wrap(make_optimizer(config, None, plan_decay_mask(plan)))
+    state, constants, shardings = abstract_state(adapted, params, optimizer, mesh, specs, rules)
+    step = make_step(
+        adapted,
+        optimizer,
+        loss=decoder_loss(config, adapted, plan, shape, mesh),
+        accumulate=config.accumulate,
+        num_tasks=1,
+        constants=constants,
+        shardings=shardings,
+        adapters=state.adapters,
+        rules=rules,
+    )
+    rows = jax.ShapeDtypeStruct((config.batch_size, config.sequence_length), jnp.int32)
+    return step, (state, params, {name: rows for name in BATCH_FIELDS}), plan
+
+
+def forecast(config: TrainConfig, shape: DecoderConfig, topology: Topology) -> Forecast:
+    """The plan of `config` on a slice; a step that does not fit comes back with `fits` false and the reason.
+
+    Args:
+      config: of the run; an empty mesh puts every device on `fsdp`.
+      shape: of the base, with the run's dtypes.
+      topology: of `load_topology`.
+
+    Raises:
+      MeshError: the mesh does not fit the slice, the batch or the model.
+    """
+    mesh = make_mesh(config.mesh or "fsdp=-1", topology.devices)
+    check_batch(mesh, config.batch_size, config.accumulate)
+    shape = dataclasses.replace(shape, remat=config.remat)
+    step, arguments, plan = plan_step(config, shape, mesh)
+    state, params, batch = arguments
+    traced = step.function.trace(state, params, step.constants, batch)
+    common: dict[str, Any] = {
+        "topology": topology.name,
+        "mesh": ",".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
+        "remat": config.remat,
+        "accumulate": config.accumulate,
+        "capacity_bytes": topology.capacity_bytes,
+        "flops": count_flops(traced.jaxpr),
+        "trainable_parameters": plan.num_params(),
+    }
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = _used_bytes(str(error))
+        if used is None:
+            raise
+        return Forecast(**common, fits=False, peak_bytes_per_device=used, problem=" ".join(str(error).split())[:300])
+    memory, traffic = compiled.memory_analysis(), measure_traffic(compiled.as_text())
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    useful = 4.0 * _matrix_size(shape) * config.batch_size * config.sequence_length
+    return Forecast(
+        **common,
+        fits=peak <= topology.capacity_bytes,
+        peak_bytes_per_device=peak,
+        argument_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        bytes=traffic.memory,
+        collectives={
+            kind: {"bytes": size, "count": traffic.counts[kind], "largest": traffic.largest[kind]}
+            for kind, size in traffic.collectives.items()
+        },
+        gathered_stacks=_gathered_stacks(params, traffic),
+        **roofline(common["flops"], traffic, mesh.size, topology.chip, useful),
+    )
+
+
+def roofline(flops: float, traffic: Traffic, devices: int, chip: Chip | None, useful: float) -> dict[str, Any]:
+    """The three roofs in seconds, the largest of them, and the share of the peak that useful operations then reach.
+
+    {} where the chip is not known.
+    """
+    if chip is None:
+        return {}
+    compute = flops / devices / chip.flops
+    memory = traffic.memory / chip.memory_bandwidth
+    network = sum(traffic.collectives.values()) / chip.link_bandwidth
+    seconds = max(compute, memory, network)
+    return {
+        "compute_seconds": compute,
+        "memory_seconds": memory,
+        "network_seconds": network,
+        "estimated_seconds": seconds,
+        "mfu": useful / devices / chip.flops / seconds,
+    }
+
+
+def _gathered_stacks(params: Any, traffic: Traffic) -> tuple[str, ...]:
+    """Names of the parameters with a layer axis whose whole shape an all-gather makes."""
+    stacks = [(path, leaf) for path, leaf in jax.tree.leaves_with_path(params) if leaf.ndim >= 3]
+    whole = [path for path, leaf in stacks if tuple(sorted(leaf.shape)) in traffic.gathered]
+    return tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path in whole)
+
+
+def _matrix_size(shape: DecoderConfig) -> int:
+    """Parameters that a token is multiplied with: all matrices but the embedding table's look-up."""
+    leaves = jax.tree.leaves_with_path(abstract_params(shape))
+    size = sum(math.prod(leaf.shape) for path, leaf in leaves if path[-1].key == "kernel")
+    return size + (shape.vocab_size * shape.hidden_size if shape.tie_word_embeddings else 0)
+
+
+def _used_bytes(message: str) -> int | None:
+    """Bytes that a compiler's out-of-memory message says it needed (0: it does not say); None for other messages."""
+    if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
+        return None
+    found = re.search(r"[Uu]sed ([\d.]+)([KMGT])(?:iB?)? of", message)
+    return int(float(found[1]) * 2 ** (10 * (1 + "KMGT".index(found[2])))) if found else 0
+
+
+def search(
+    config: TrainConfig, shape: DecoderConfig, topology: Topology, tell: Callable[[Forecast], None] = lambda _: None
+) -> tuple[Forecast, list[Forecast]]:
+    """(the fastest plan that fits, or the smallest if none does; all that were compiled).
+
+    For each mesh and remat policy the fewest micro-batches that fit are taken: more only add gathers.
+
+    Args:
+      config: of the run; its mesh, remat and accumulate are what is searched.
+      shape: of the base.
+      topology: of `load_topology`.
+      tell: called with each plan as it is known.
+
+    Raises:
+      MeshError: no mesh fits the batch and the model.
+    """
+    tried, problem = [], MeshError(f"batch_size={config.batch_size} divides over no mesh of {len(topology.devices)}")
+    for layout in _layouts(len(topology.devices)):
+        for remat in REMATS:
+            for accumulate in (n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0):
+                candidate = dataclasses.replace(config, mesh=layout, remat=remat, accumulate=accumulate)
+                try:
+                    found = forecast(candidate, shape, topology)
+                except MeshError as error:
+                    problem = error
+                    break
+                tried.append(found)
+                tell(found)
+                if found.fits:
+                    break
+    if not tried:
+        raise problem
+    return min(tried, key=_preference), tried
+
+
+def _layouts(devices: int) -> Iterator[str]:
+    for data in _SPLITS:
+        for tensor in _SPLITS:
+            if min(data, tensor) == 1 and devices % (data * tensor) == 0:
+                yield f"data={data},fsdp={devices // data // tensor},tensor={tensor}"
+
+
+def _preference(found: Forecast) -> tuple[bool, float, float, int]:
+    """What fits first, then the faster, then the fewer operations, then the smaller."""
+    seconds = found.estimated_seconds or 0.0
+    costs = (seconds, found.flops) if found.fits else (0.0, 0.0)
+    return not found.fits, *costs, found.peak_bytes_per_device
+
+
+def advice(found: Forecast) -> str:
+    """One line on what does not fit and what to change; "" when it fits."""
+    if found.fits:
+        return ""
+    gib = 2**30
+    lacking = "the step does not fit a device"
+    if found.peak_bytes_per_device > found.capacity_bytes:
+        over = found.peak_bytes_per_device - found.capacity_bytes
+        lacking = (
+            f"the step needs {found.peak_bytes_per_device / gib:.1f} GiB a device, {over / gib:.1f} more than there are"
+        )
+        if found.argument_bytes > found.capacity_bytes:
+            return f"{lacking}, and the base alone is too large: use a larger slice, or more fsdp or tensor in --mesh"
+    less = "--remat full" if found.remat != "full" else "a higher --accumulate or a shorter --sequence-length"
+    return f"{lacking}: try {less}, more fsdp or tensor in --mesh, a smaller --batch-size, or a larger slice"

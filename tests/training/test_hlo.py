@@ -1,0 +1,142 @@
+"""What a program moves and multiplies, against closed forms, XLA's own counts of unrolled programs, and fixed text."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_training as tiny
+from jax.sharding import PartitionSpec
+
+from mor_jax.adapters import AdapterInputs
+from mor_jax.models import DecoderConfig
+from mor_jax.training.hlo import count_flops, measure_traffic, memory_bytes, type_bytes
+from mor_jax.training.mesh import make_mesh
+
+
+def test_products_in_scans_branches_and_checkpoints_are_counted_as_often_as_they_run():
+    weights, x = jnp.ones((5, 8, 8)), jnp.ones((3, 8))
+    one = 2 * 3 * 8 * 8
+
+    def layer(x, w):
+        return jax.lax.cond(x[0, 0] > 0, lambda: jnp.tanh(x @ w), lambda: x), None
+
+    def forward(weights, x):
+        return jax.lax.scan(layer, x, weights)[0].sum()
+
+    def checkpointed(weights, x):
+        return jax.lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None)), x, weights)[0].sum()
+
+    assert count_flops(jax.make_jaxpr(forward)(weights, x)) == 5 * one
+    assert count_flops(jax.jit(checkpointed).trace(weights, x).jaxpr) == 5 * one
+    # the gradient of x: forward, forward again, and dy @ w.T
+    assert count_flops(jax.make_jaxpr(jax.grad(checkpointed, argnums=1))(weights, x)) == 3 * 5 * one
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_a_second_layer_costs_what_xla_says_it_costs_unrolled(scan_layers):
+    config = DecoderConfig(vocab_size=64, hidden_size=128, intermediate_size=256, num_layers=1, num_heads=2)
+    batch = tiny.random_batch(2, 16, vocab=64)
+
+    def gradient(layers, scan):
+        own = dataclasses.replace(config, num_layers=layers, scan_layers=scan)
+        adapted = tiny.adapted_decoder("lora", own, rank=4)
+        loss = tiny.decoder_loss(adapted, own)
+        shapes = jax.eval_shape(adapted.init, jax.random.key(0), batch["input_ids"])
+
+        def total(trained, params):
+            return loss({"params": params, "adapters": trained}, batch, AdapterInputs())[0]
+
+        return jax.jit(jax.grad(total)), (shapes["adapters"], shapes["params"])
+
+    def xla(layers):
+        function, arguments = gradient(layers, scan=False)
+        return function.lower(*arguments).compile().cost_analysis()["flops"]
+
+    def ours(layers):
+        function, arguments = gradient(layers, scan_layers)
+        return count_flops(function.trace(*arguments).jaxpr)
+
+    second = ours(2) - ours(1)
+    assert second == pytest.approx(xla(2) - xla(1), rel=0.05)  # XLA counts what is no product too
+
+
+def test_a_collective_in_a_loop_is_counted_as_often_as_the_loop_runs():
+    mesh = make_mesh("fsdp=8")
+
+    def body(x, _):
+        return x + jax.lax.all_gather(x * 2, "fsdp").sum(0), None
+
+    def function(x):
+        return jax.lax.psum(jax.lax.scan(body, x, None, length=5)[0], "fsdp")
+
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=PartitionSpec("fsdp"), out_specs=PartitionSpec(None))
+    traffic = measure_traffic(jax.jit(mapped).lower(jnp.ones((8, 96))).compile().as_text())
+    assert traffic.counts == {"all-gather": 5, "all-reduce": 1}
+    assert traffic.collectives == {"all-gather": 5 * 8 * 96 * 4, "all-reduce": 2 * 96 * 4}
+    assert traffic.largest == {"all-gather": 8 * 96 * 4, "all-reduce": 96 * 4}
+    assert {tuple(size for size in shape if size > 1) for shape in traffic.gathered} == {(8, 96)}
+
+
+ASYNC = """HloModule step, is_scheduled=true
+
+%start (p: bf16[4,8]) -> (bf16[4,8], bf16[64,8]) {
+  %p = bf16[4,8]{1,0} parameter(0)
+  %all-gather.1 = bf16[64,8]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, dimensions={0}
+  ROOT %tuple = (bf16[4,8]{1,0}, bf16[64,8]{1,0}) tuple(%p, %all-gather.1)
+}
+
+%go_on (p: bf16[4,8]) -> bf16[64,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[64,8]{1,0} all-gather(%p), channel_id=7, dimensions={0}
+}
+
+%compare (i: s32[], n: s32[]) -> pred[] {
+  %n.1 = s32[] constant(6)
+  %i = s32[] parameter(0)
+  ROOT %less = pred[] compare(%i, %n.1), direction=LT
+}
+
+%condition (state: (s32[], bf16[4,8])) -> pred[] {
+  %state = (s32[], bf16[4,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  ROOT %again = pred[] fusion(%i), kind=kLoop, calls=%compare
+}
+
+%body (state: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %state = (s32[], bf16[4,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %x = bf16[4,8]{1,0} get-tuple-element(%state), index=1
+  %begun = (bf16[4,8]{1,0}, bf16[64,8]{1,0}) fusion(%x), kind=kCustom, calls=%start
+  %done = bf16[64,8]{1,0} fusion(%x), kind=kCustom, calls=%go_on
+  ROOT %next = (s32[], bf16[4,8]{1,0}) tuple(%i, %x)
+}
+
+ENTRY %main (x: bf16[4,8]) -> bf16[4,8] {
+  %x = bf16[4,8]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %first = (s32[], bf16[4,8]{1,0}) tuple(%zero, %x)
+  %loop = (s32[], bf16[4,8]{1,0}) while(%first), condition=%condition, body=%body
+  ROOT %out = bf16[4,8]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_the_parts_of_an_asynchronous_collective_are_one_collective():
+    traffic = measure_traffic(ASYNC)
+    assert traffic.counts == {"all-gather": 6}
+    assert traffic.collectives == {"all-gather": 6 * 64 * 8 * 2}
+    assert traffic.gathered == {(8, 64)}
+
+
+def test_arrays_in_on_chip_memory_are_no_memory_traffic():
+    text = "(f32[3,8]{1,0:T(4,128)S(1)}, bf16[2,4]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}, s32[5])"
+    assert type_bytes(text) == 96 + 16 + 4 + 20
+    assert memory_bytes(text) == 16 + 20
+
+
+def test_memory_traffic_of_a_product_is_its_operands_and_its_result():
+    x = jnp.ones((64, 64))
+    traffic = measure_traffic(jax.jit(jnp.matmul).lower(x, x).compile().as_text())
+    np.testing.assert_allclose(traffic.memory, 3 * 64 * 64 * 4)

@@ -1,0 +1,188 @@
+"""`mor plan` compiles what `mor train` runs: the same program, its memory, and honest words about what does not fit."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+import tiny_runs
+
+from mor_jax.models import ModelFileError, abstract_params, known_config
+from mor_jax.models.presets import PRESETS
+from mor_jax.optim import plan_rules
+from mor_jax.training import plan as planning
+from mor_jax.training.build import base_config, build_run
+from mor_jax.training.hlo import Traffic
+from mor_jax.training.mesh import MeshError, put_batch
+from mor_jax.training.plan import Forecast, advice, forecast, plan_step, roofline, search
+from mor_jax.training.step import init_state, make_step
+from mor_jax.training.topology import CHIPS, Topology, TopologyError, load_topology, parse_topology, prepare_environment
+
+
+@pytest.fixture(scope="module")
+def run(files, tmp_path_factory):
+    data = (f"add={files}/train_add.jsonl",)
+    output = tmp_path_factory.mktemp("planned")
+    return build_run(
+        tiny_runs.config_of(files, output, mesh=tiny_runs.MIXED_MESH, batch_size=16, accumulate=2, data=data)
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(run):
+    """(the loop's step, its state, a batch on the devices)."""
+    rules = plan_rules(run.plan, run.config.steps)
+    optimizer = rules.wrap(run.optimizer)
+    key = jax.random.key(0, impl="threefry2x32")
+    state, constants, shardings = init_state(key, run.adapted, run.params, optimizer, run.mesh, run.specs, rules)
+    step = make_step(
+        run.adapted,
+        optimizer,
+        loss=run.loss,
+        accumulate=run.config.accumulate,
+        num_tasks=len(run.tasks),
+        constants=constants,
+        shardings=shardings,
+        adapters=state.adapters,
+        rules=rules,
+    )
+    return step, state, put_batch(dict(next(run.batches)), run.mesh)
+
+
+def test_the_planned_program_is_the_one_that_training_runs(run, trained):
+    step, state, batch = trained
+    planned, arguments, _ = plan_step(run.config, base_config(run.config), run.mesh)
+    assert planned.lower(*arguments).as_text() == step.lower(state, run.params, batch).as_text()
+
+
+def test_the_planned_memory_is_that_of_the_step_that_ran(run, trained):
+    step, state, batch = trained
+    topology = Topology("cpu:8", tuple(run.mesh.devices.ravel()), CHIPS["v5e"])
+    found = forecast(run.config, base_config(run.config), topology)
+    used = step.lower(state, run.params, batch).compile().memory_analysis()
+    peak = used.argument_size_in_bytes + used.temp_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
+    first = jax.devices()[0]
+    leaves = jax.tree.leaves((state, run.params, batch, step.constants))
+    held = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards if shard.device == first)
+    assert found.argument_bytes == pytest.approx(held, rel=0.02)
+    assert found.peak_bytes_per_device == pytest.approx(peak, rel=0.1)
+    assert found.fits
+    assert found.trainable_parameters == run.plan.num_params()
+    assert found.gathered_stacks == ()
+    assert {"all-gather", "all-reduce"} <= set(found.collectives)
+    tokens = run.config.batch_size * run.config.sequence_length
+    kernels = sum(leaf.size for path, leaf in jax.tree.leaves_with_path(run.params) if path[-1].key == "kernel")
+    assert found.flops > 4 * kernels * tokens * 0.9  # forward, and back to the activations above the first adapter
+    assert found.estimated_seconds == max(found.compute_seconds, found.memory_seconds, found.network_seconds)
+    advised = advice(dataclasses.replace(found, fits=False, capacity_bytes=found.argument_bytes + 1))
+    assert "--remat full" in advised
+    assert "\n" not in advised
+
+
+def _forecast(**changes):
+    common = {"topology": "t", "mesh": "fsdp=8", "remat": "none", "accumulate": 1, "fits": True, "flops": 1.0}
+    return Forecast(**(common | {"peak_bytes_per_device": 10, "capacity_bytes": 10} | changes))
+
+
+def test_the_roofline_is_the_highest_of_three_roofs():
+    traffic = Traffic(memory=8.19e9, collectives={"all-gather": 1e9, "all-reduce": 1e9})
+    found = roofline(4 * 197e12 * 0.02, traffic, 4, CHIPS["v5e"], useful=4 * 197e12 * 0.01)
+    assert found["compute_seconds"] == pytest.approx(0.02)
+    assert found["memory_seconds"] == pytest.approx(0.01)
+    assert found["network_seconds"] == pytest.approx(0.01)
+    assert found["estimated_seconds"] == pytest.approx(0.02)
+    assert found["mfu"] == pytest.approx(0.5)
+    assert roofline(1.0, traffic, 4, None, 1.0) == {}
+
+
+def test_the_search_takes_the_fastest_that_fits_with_the_fewest_micro_batches(run, monkeypatch):
+    def pretend(config, shape, topology):
+        if "tensor=4" in config.mesh:
+            raise MeshError("heads do not divide")
+        fits = config.accumulate >= {"none": 4, "dots": 2, "full": 1}[config.remat]
+        seconds = {"none": 3.0, "dots": 2.0, "full": 2.5}[config.remat] + ("data=2" in config.mesh)
+        names = {"mesh": config.mesh, "remat": config.remat, "accumulate": config.accumulate}
+        return _forecast(**names, fits=fits, estimated_seconds=seconds)
+
+    monkeypatch.setattr(planning, "forecast", pretend)
+    told = []
+    found, tried = search(run.config, base_config(run.config), Topology("t", tuple(range(8)), None), told.append)
+    assert (found.mesh, found.remat, found.accumulate) == ("data=1,fsdp=8,tensor=1", "dots", 2)
+    assert told == tried
+    assert max(plan.accumulate for plan in tried) == 4
+    assert not [plan for plan in tried if "tensor=4" in plan.mesh]
+
+
+def test_what_does_not_fit_says_what_to_change():
+    assert advice(_forecast()) == ""
+    base = advice(
+        _forecast(fits=False, peak_bytes_per_device=4 * 2**30, capacity_bytes=2**30, argument_bytes=3 * 2**30)
+    )
+    assert "4.0 GiB a device, 3.0 too many" in base
+    assert "larger slice" in base
+    assert "--accumulate" in advice(_forecast(fits=False, remat="full", peak_bytes_per_device=0))
+
+
+# Parameters of the checkpoints on the Hugging Face hub.
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("Llama-3.2-1B", 1_235_814_400),
+        ("meta-llama/Llama-3.1-8B", 8_030_261_248),
+        ("llama-3.1-70b", 70_553_706_496),
+        ("llama-3.1-405b", 405_853_388_800),
+        ("Mistral-7B", 7_248_023_552),
+        ("Qwen3-8B", 8_190_735_360),
+        ("Qwen3-32B", 32_762_123_264),
+        ("gemma-3-1b", 999_885_952),
+    ],
+)
+def test_known_names_have_the_published_sizes(name, parameters):
+    leaves = jax.tree.leaves(abstract_params(known_config(name)))
+    assert sum(math.prod(leaf.shape) for leaf in leaves) == parameters
+
+
+def test_an_unknown_name_lists_the_known_ones_and_the_nearest(tmp_path):
+    with pytest.raises(ModelFileError, match=r"known are llama-3.2-1b, .*did you mean llama-3.1-8b\?"):
+        known_config("Llama-3.1-8")
+    (tmp_path / "config.json").write_text(json.dumps(PRESETS["qwen3-0.6b"]))
+    assert known_config(tmp_path / "config.json") == known_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["v5e", "v9:4x4", "v5e:4x", "cpu:0", "cpu:-1", ""])
+def test_malformed_slices_are_named(name):
+    with pytest.raises(TopologyError, match="topology"):
+        parse_topology(name)
+
+
+def test_the_environment_is_set_before_jax_reads_it(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"})
+    prepare_environment("cpu:4")
+    assert os.environ["XLA_FLAGS"].endswith("--xla_force_host_platform_device_count=4")
+    prepare_environment("v5p:2x2x2")
+    assert os.environ["TPU_ACCELERATOR_TYPE"] == "v5p-16"
+    assert os.environ["JAX_PLATFORMS"] == "cpu"
+    with pytest.raises(TopologyError, match=r"8 CPU devices; start it with XLA_FLAGS=.*=16"):
+        load_topology("cpu:16")
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the extra `tpu`")
+def test_a_tpu_slice_is_compiled_without_one(tmp_path):
+    shape = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}
+    fields = {"model_type": "llama", "vocab_size": 2048, "rms_norm_eps": 1e-5, "head_dim": 64, **shape}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    words = ["plan", str(tmp_path), "--topology", "v5e:4x4", "--batch-size", "16", "--remat", "full", "--json"]
+    command = [sys.executable, "-m", "mor_jax.cli.main", *words]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found = json.loads(output)
+    assert found["fits"]
+    assert found["gathered_stacks"] == []
+    assert 0 < found["peak_bytes_per_device"] < found["capacity_bytes"] == 16 * 2**30
+    assert found["estimated_seconds"] > 0
+    assert found["collectives"]["all-gather"]["count"] >= 4
