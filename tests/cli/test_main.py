@@ -93,7 +93,7 @@ def test_methods_lists_the_registry(capsys):
     }
     merges = {entry["name"]: entry["merge"] for entry in entries if entry["merge"] != "exact"}
     assert merges == {
-        "mor": "approximate: least_squares, sequential, mean, task:NAME",
+        "mor": "approximate: distill, least_squares, sequential, mean, task:NAME",
         "halora": "only with mergeable=true",
     }
 
@@ -114,7 +114,7 @@ def test_without_a_rank_the_method_has_its_own(capsys, lone_config, method, rank
     assert (result["mergeable"], result["sites"][0]["mergeable"]) == {
         "vera": ("exact", "exact"),
         "halora": ("only with mergeable=true", "only with mergeable=true"),
-        "mor": ("approximate: least_squares, sequential, mean, task:NAME", "approximate"),
+        "mor": ("approximate: distill, least_squares, sequential, mean, task:NAME", "approximate"),
     }[method]
 
 
