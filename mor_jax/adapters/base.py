@@ -205,6 +205,7 @@ class Adapter:
     paper: ClassVar[str] = ""
     starts_at_zero: ClassVar[bool] = True
     gate_lifetime: ClassVar[str] = "token"
+    optional_rule: ClassVar[str] = ""  # what `rule` becomes, and with which option, where it is off by default
 
     dropout: float = 0.0  # probability of dropping an entry of x before the factors, while training
 
@@ -248,6 +249,11 @@ class Adapter:
     def merges_exactly(self) -> bool:
         """Whether ``merge`` equals the forward pass without calibration data."""
         return not (self.routed or self.chained)
+
+    @property
+    def merge_condition(self) -> str:
+        """The option that has to be set before ``merge`` does anything; "" where it simply does."""
+        return ""
 
     @property
     def rule(self) -> str:

@@ -68,6 +68,16 @@ class HaLoRA(Adapter):
                 raise ValueError(f"HaLoRA.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
     @property
+    def rule(self) -> str:
+        """A new draw of the base's noise every so many steps."""
+        return "noise" if self.sigma else ""
+
+    @property
+    def merge_condition(self) -> str:
+        """Merging must be asked for."""
+        return "" if self.mergeable else "mergeable=true"
+
+    @property
     def scale(self) -> float:
         """s."""
         return self.alpha / self.rank

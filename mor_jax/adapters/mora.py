@@ -50,6 +50,7 @@ class MoRA(Adapter):
     name: ClassVar[str] = "mora"
     title: ClassVar[str] = "MoRA"
     paper: ClassVar[str] = "2405.12130"
+    optional_rule: ClassVar[str] = "fold (reset_every)"
 
     rank: int = 8  # of the LoRA with as many parameters
     group_type: Literal["sharing", "contiguous", "contiguous_tiled", "sharing_repeated", "rotation"] = "sharing"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,20 @@ ADAM_BYTES = 8  # two float32 moments for each trained parameter
 APPROXIMATIONS = "distill, least_squares, sequential, mean, task:NAME"
 
 
+def merge_words(adapters: Sequence[Any]) -> str:
+    """How a model with these adapters merges: "exact", the approximations, or what has to be set first."""
+    found = {adapter.merge_condition for adapter in adapters} - {""}
+    if found:
+        return f"only with {', '.join(sorted(found))}"
+    return "exact" if all(adapter.merges_exactly for adapter in adapters) else f"approximate: {APPROXIMATIONS}"
+
+
 def methods_command() -> list[dict[str, Any]]:
     """One entry for each registered method.
 
     Keys: `name`, `title`, `paper`, `routing` (what its gate reads, or "none"), `rule` (what it does while training
-    beside the optimiser, or "none"), `merge` ("exact", or the approximations), `parameters` (option -> default).
+    beside the optimiser, "none", or which option switches what on), `merge` ("exact", the approximations, or the option
+    that merging needs), `parameters` (option -> default). All of a method with its defaults.
     """
     from mor_jax.adapters import METHODS
 
@@ -36,8 +46,8 @@ def methods_command() -> list[dict[str, Any]]:
                 else "constant"
                 if adapter.num_gates
                 else "none",
-                "rule": adapter.rule or "none",
-                "merge": f"approximate: {APPROXIMATIONS}" if not adapter.merges_exactly else "exact",
+                "rule": adapter.rule or (f"none; {cls.optional_rule}" if cls.optional_rule else "none"),
+                "merge": merge_words([adapter]),
                 "parameters": fields,
             }
         )
@@ -78,7 +88,6 @@ def inspect_command(options: InspectOptions) -> dict[str, Any]:
     shapes = abstract_params(model)
     trainable = plan.num_params()
     replaced = sum(size for _, size in plan.trained_shapes)
-    mergeable = all(adapted.adapter.merges_exactly for adapted in plan.sites)
     return {
         "model": str(options.model),
         "method": options.method,
@@ -86,7 +95,7 @@ def inspect_command(options: InspectOptions) -> dict[str, Any]:
         "trainable_parameters": trainable,
         "frozen_parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) - replaced,
         "optimizer_bytes": ADAM_BYTES * trainable,
-        "mergeable": "exact" if mergeable else f"approximate: {APPROXIMATIONS}",
+        "mergeable": merge_words([adapted.adapter for adapted in plan.sites]),
         "exportable": ["hf", *_peft(plan, model), "safetensors"],
     }
 
@@ -111,7 +120,7 @@ def _site(adapted: Any) -> dict[str, Any]:
         "rank": getattr(adapter, "rank", None),
         "trainable_parameters": adapter.num_params(site),
         "frozen_parameters": site.num_layers * site.in_features * site.out_features,
-        "mergeable": "approximate" if not adapter.merges_exactly else "exact",
+        "mergeable": merge_words([adapter]).partition(":")[0],
     }
 
 

@@ -82,7 +82,7 @@ class InspectOptions:
 
     model: str  # Hugging Face directory; a lone config.json is enough
     method: str = "mor"  # name in the registry of adapters
-    rank: int = 8
+    rank: int | None = None  # of the factors; the method's own, unless it is given
     alpha: float | None = None
     num_experts: int | None = None
     top_k: int | None = None

@@ -131,10 +131,12 @@ class EncoderLayer(nn.Module):
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
-        """x (B, S, D) and mask (B, S, S) to ((B, S, D), None): carry and output, as a scan wants them."""
+    def __call__(self, carry: tuple[jax.Array, Any], mask: jax.Array) -> tuple[tuple[jax.Array, Any], None]:
+        """(x (B, S, D), extra) to ((x, extra), None): carry and output, as a scan wants them; extra is passed on."""
+        x, carry_extra = carry
         x = AttentionBlock(self.config, name="attention")(x, mask)
-        return ResidualOutput(self.config, name="output")(Intermediate(self.config, name="intermediate")(x), x), None
+        x = ResidualOutput(self.config, name="output")(Intermediate(self.config, name="intermediate")(x), x)
+        return (x, carry_extra), None
 
 
 class LayerStack(nn.Module):
@@ -143,16 +145,16 @@ class LayerStack(nn.Module):
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array, carry_extra: Any = None) -> jax.Array:
         """x (B, S, D) and mask (B, S, S) bool to (B, S, D)."""
-        config = self.config
+        config, carry = self.config, (x, carry_extra)
         layer = EncoderLayer
         if config.remat != "none":
             layer = nn.remat(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
         if not config.scan_layers:
             for number in range(config.num_layers):
-                x, _ = layer(config, name=f"layer_{number}")(x, mask)
-            return x
+                carry, _ = layer(config, name=f"layer_{number}")(carry, mask)
+            return carry[0]
         scanned = nn.scan(
             layer,
             variable_axes={"params": 0, "intermediates": 0},
@@ -160,7 +162,7 @@ class LayerStack(nn.Module):
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]  # flax annotates the single form only
             length=config.num_layers,
         )
-        return scanned(config, name="layer")(x, mask)[0]
+        return scanned(config, name="layer")(carry, mask)[0][0]
 
 
 class Pooler(nn.Module):
@@ -221,6 +223,7 @@ class Encoder(nn.Module):
         token_type_ids: jax.Array | None = None,
         *,
         output: str = "",
+        carry_extra: Any = None,
     ) -> jax.Array:
         """What `output` names.
 
@@ -231,6 +234,7 @@ class Encoder(nn.Module):
           token_type_ids: (B, S) int32, the kind of text (0 first sentence, 1 second); None = 0.
           output: "hidden", (B, S, D); "pooled", the pooler's (B, D); "embedding", the normed mean (B, D) float32;
             "logits", the head's (B, classes) float32. Empty: logits with a head, else hidden states.
+          carry_extra: an opaque pytree that is threaded through the layers beside the hidden states.
 
         Raises:
           ValueError: unknown output, one that this model has no module for, or a row longer than the position table.
@@ -243,7 +247,7 @@ class Encoder(nn.Module):
         token_type_ids = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         mask = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids > 0)[:, None, :]
         x = Embeddings(config, name="embeddings")(input_ids, positions, token_type_ids)
-        x = LayerStack(config, name="encoder")(x, mask)
+        x = LayerStack(config, name="encoder")(x, mask, carry_extra)
         first = first_tokens(x, segment_ids)
         pooled = logits = None
         if config.pooler and (self.is_initializing() or output == "pooled" or config.head == "linear"):

@@ -308,6 +308,7 @@ def target_rows(run: Run, adapters: Any) -> list[TargetRow]:
         rank = str(getattr(adapted.adapter, "rank", ""))
         true, stored = adapted.adapter.num_params(site), adapted.adapter.padded_params(site)
         merges = "exact" if adapted.adapter.merges_exactly else "approximate"
+        merges = f"only with {adapted.adapter.merge_condition}" if adapted.adapter.merge_condition else merges
         rank = f"{rank} {adapted.adapter.name}".strip() + (f" ({stored:,} padded)" if stored > true else "")
         row = _row(run, adapters, site.path, shape, rank, frozen, merges)
         rows.append(dataclasses.replace(row, trainable=row.trainable - (stored - true)))

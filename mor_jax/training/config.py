@@ -60,7 +60,7 @@ class TrainConfig:
     optimizer_options: dict[str, Option] = field(default_factory=dict)  # its further arguments, for example b2
     weight_decay: float = 0.0  # only on matrices (two axes or more in one layer)
     clip_norm: float = 1.0  # largest global gradient norm; 0 switches clipping off
-    rank: int = 8
+    rank: int | None = None  # of the factors; the method's own, unless it is given
     alpha: float | None = None
     num_experts: int | None = None
     top_k: int | None = None
@@ -98,10 +98,12 @@ class TrainConfig:
         self.override_adapters()
 
     def _check_counts(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "sequence_length", "rank", "loss_chunk", "keep_checkpoints"):
+        for name in ("steps", "batch_size", "accumulate", "sequence_length", "loss_chunk", "keep_checkpoints"):
             _check(name, getattr(self, name), _is_int(getattr(self, name), 1), "give a whole number of at least 1")
         for name in ("warmup_steps", "save_every", "eval_every", "seed", "eval_batches"):
             _check(name, getattr(self, name), _is_int(getattr(self, name), 0), "give a whole number of at least 0")
+        good = self.rank is None or _is_int(self.rank, 1)
+        _check("rank", self.rank, good, "give a whole number of at least 1, or nothing for the method's own")
         _check("log_every", self.log_every, _is_int(self.log_every, 1), "give a whole number of at least 1")
 
     def _check_rates(self) -> None:
@@ -138,8 +140,8 @@ class TrainConfig:
         Raises:
           ConfigError: the method or one of its options is unknown or impossible.
         """
-        named = {name: getattr(self, name) for name in ("alpha", "num_experts", "top_k", "dropout")}
-        options = {"rank": self.rank} | {name: value for name, value in named.items() if value is not None}
+        named = {name: getattr(self, name) for name in ("rank", "alpha", "num_experts", "top_k", "dropout")}
+        options = {name: value for name, value in named.items() if value is not None}
         return _make_adapter("method", self.method, options | dict(self.options))
 
     def override_adapters(self) -> tuple[tuple[str, Any], ...]:
@@ -156,7 +158,7 @@ class TrainConfig:
             if name == self.method:
                 kept = {f.name: getattr(base, f.name) for f in dataclasses.fields(base) if f.init}
             else:
-                kept = {"rank": self.rank}
+                kept = {} if self.rank is None else {"rank": self.rank}
             pairs.append((pattern, _make_adapter(f"overrides[{pattern!r}]", name, kept | changed)))
         return tuple(pairs)
 

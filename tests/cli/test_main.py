@@ -80,14 +80,42 @@ def test_methods_lists_the_registry(capsys):
     assert code == 0
     assert [entry["name"] for entry in entries] == list(METHODS)
     assert all(set(e) == {"name", "title", "paper", "routing", "rule", "merge", "parameters"} for e in entries)
-    by_name = {entry["name"]: entry for entry in entries}
-    assert by_name["lora"]["merge"] == "exact"
-    assert by_name["mor"]["merge"].startswith("approximate")
+    assert all(entry["title"] and entry["paper"] for entry in entries)
+    rules = {entry["name"]: entry["rule"] for entry in entries if entry["rule"] != "none"}
+    assert rules == {
+        "mora": "none; fold (reset_every)",
+        "halora": "noise",
+        "dylora": "rank draw",
+        "prilora": "pruning",
+        "adalora": "budget",
+        "alora": "reallocation",
+        "beamlora": "expansion",
+    }
+    merges = {entry["name"]: entry["merge"] for entry in entries if entry["merge"] != "exact"}
+    assert merges == {
+        "mor": "approximate: least_squares, sequential, mean, task:NAME",
+        "halora": "only with mergeable=true",
+    }
 
 
 def test_methods_for_people_is_a_table(capsys):
+    from mor_jax.adapters import METHODS
+
     assert main(["methods"]) == 0
-    assert "rslora" in capsys.readouterr().out
+    first_cells = [line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert [cell for cell in first_cells if cell] == list(METHODS)
+
+
+@pytest.mark.parametrize(("method", "rank"), [("vera", 256), ("halora", 4), ("mor", 8)])
+def test_without_a_rank_the_method_has_its_own(capsys, lone_config, method, rank):
+    for flags, expected in ((), rank), (("--rank", "3"), 3):
+        _, result, _ = run_json(capsys, "inspect", lone_config, "--method", method, "--targets", "q_proj", *flags)
+        assert [site["rank"] for site in result["sites"]] == [expected]
+    assert (result["mergeable"], result["sites"][0]["mergeable"]) == {
+        "vera": ("exact", "exact"),
+        "halora": ("only with mergeable=true", "only with mergeable=true"),
+        "mor": ("approximate: least_squares, sequential, mean, task:NAME", "approximate"),
+    }[method]
 
 
 def test_inspect_counts_a_seven_billion_model_from_its_config_alone(capsys, lone_config):

@@ -36,10 +36,10 @@ def make_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=core, model_input_names=list(names), **marks)
 
 
-def make_model(directory):
+def make_model(directory, config=CONFIG):
     """Writes a bare encoder and its tokenizer to `directory` and returns it as a string."""
-    params = Encoder(CONFIG).init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
-    save_params(params, CONFIG, directory)
+    params = jax.jit(Encoder(config).init)(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
+    save_params(params, config, directory)
     make_tokenizer().save_pretrained(str(directory))
     return str(directory)
 

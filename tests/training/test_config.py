@@ -2,7 +2,15 @@ import dataclasses
 
 import pytest
 
-from mor_jax.training.config import ConfigError, TrainConfig, config_from_mapping, load_config, save_config
+from mor_jax.adapters import METHODS
+from mor_jax.training.config import (
+    ConfigError,
+    TrainConfig,
+    config_from_mapping,
+    config_to_mapping,
+    load_config,
+    save_config,
+)
 
 FULL = {
     "model": "base",
@@ -107,6 +115,18 @@ def test_overrides_keep_what_they_do_not_name():
     (_, first), (_, second) = config.override_adapters()
     assert first == dataclasses.replace(config.adapter(), rank=2)
     assert (second.name, second.rank, second.alpha) == ("lora", 8, 1.0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_without_a_rank_each_method_has_its_own(name):
+    own = METHODS[name]()
+    config = TrainConfig(method=name, overrides={"q": {"dropout": 0.5}, "k": {"method": "vera"}})
+    assert config.rank is None
+    assert config.adapter() == own
+    (_, first), (_, second) = config.override_adapters()
+    assert (first.rank, second.rank) == (own.rank, 256)
+    assert config_from_mapping(config_to_mapping(config)) == config
+    assert TrainConfig(method=name, rank=5).adapter() == dataclasses.replace(own, rank=5)
 
 
 def test_all_linear_is_a_word_and_not_a_pattern():

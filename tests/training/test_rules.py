@@ -1,5 +1,6 @@
 """Every method in a real training run: its rule fires on the expected steps and leaves, and resumes in its middle."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -12,7 +13,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cli"))
 
+import tiny_bert
 import tiny_llama
+from safetensors.numpy import load_file
 from tiny_training import FIELDS, adapted_decoder, decoder_loss, params_of
 
 from mor_jax.adapters import METHODS, Leaves, NotMergeable, make_adapter
@@ -25,9 +28,11 @@ from mor_jax.cli.options import EvalOptions, ExportOptions, MergeOptions
 from mor_jax.export import export_hf
 from mor_jax.injection import Adapted, resolve_sites
 from mor_jax.merging import merge
+from mor_jax.models import abstract_params
 from mor_jax.optim import mean_penalty, plan_rules
 from mor_jax.training import loop
 from mor_jax.training.config import ConfigError, TrainConfig, config_to_mapping
+from mor_jax.training.mesh import make_mesh, param_specs
 from mor_jax.training.run_folder import check_same_run
 from mor_jax.training.step import init_state, make_step
 
@@ -243,6 +248,50 @@ def test_layers_apart_on_a_mesh(files, tmp_path, runs, monkeypatch):
     assert [step for step, reports in recorder.reports.items() if reports] == [3, 6]
     first = [lines_of(run)[0]["loss"] for run in (tmp_path / "run", runs["prilora"][0])]
     np.testing.assert_allclose(first[0], first[1], rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """Fields of a run of a tiny BERT whose kernels, of 2^14 elements, fsdp shards layer by layer."""
+    directory = tmp_path_factory.mktemp("encoder")
+    config = dataclasses.replace(tiny_bert.CONFIG, hidden_size=128)
+    looped = abstract_params(dataclasses.replace(config, scan_layers=False))
+    kernel = looped["encoder"]["layer_0"]["attention"]["self"]["query"]["kernel"]
+    assert "fsdp" in param_specs(kernel, make_mesh("data=2,fsdp=2"))
+    model, data = tiny_bert.make_model(directory / "model", config), tiny_bert.write_pairs(directory / "p.jsonl", 16, 0)
+    return {"model": model, "data": (data,), "eval_data": (), "targets": ("query",), "objective": "classification"}
+
+
+@pytest.fixture(scope="module")
+def stacked_loss(files, encoder, tmp_path_factory):
+    """Of the first step with layers stacked, on one device: every method starts as the base."""
+    run = tmp_path_factory.mktemp("stacked") / "run"
+    loop.train(dataclasses.replace(config_of(files, run, "lora", steps=1, save_every=0), **encoder))
+    return lines_of(run)[0]["loss"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_encoder_with_layers_apart_on_a_mesh(method, files, encoder, stacked_loss, tmp_path):
+    """--objective classification --no-scan-layers on data x fsdp: the same start, every event, every layer trained."""
+    options = {"options": {"form": "input"}} if method == "reslora" else {}  # the form that needs the model's carry
+    fields = {"scan_layers": False, "mesh": "data=2,fsdp=2", "save_every": 0} | options | encoder
+    result = loop.train(dataclasses.replace(config_of(files, tmp_path / "run", method), **fields))
+    lines, fired = lines_of(tmp_path / "run"), {}
+    for line in lines:
+        for event in line.get("events", {}):
+            fired.setdefault(event, []).append(line["step"])
+    assert {event: tuple(steps) for event, steps in fired.items()} == RULES.get(method, ({}, {}))[1]
+    assert result["steps"] == len(lines) == STEPS
+    noisy = method == "halora"
+    np.testing.assert_allclose(lines[0]["loss"], stacked_loss, rtol=0.5 if noisy else 1e-5)
+    assert (lines[0]["loss"] != pytest.approx(stacked_loss, rel=1e-5)) == noisy
+    trained = load_file(tmp_path / "run" / "adapter" / "adapter.safetensors")
+    assert all(np.isfinite(value).all() for value in trained.values())
+    for layer in ("layer_0", "layer_1"):
+        own = {name: value for name, value in trained.items() if f"/{layer}/" in name and not name.startswith("state/")}
+        assert own
+        assert all(value.any() for value in own.values())  # what was zero at the start has moved
+    assert any("classifier" in name for name in trained)
 
 
 def test_the_penalty_is_in_the_gradient_and_in_the_log(runs):
