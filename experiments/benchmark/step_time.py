@@ -1,324 +1,122 @@
-"""Speed and FLOPs of a training step: adapters against the floor that any adapter pays and against full fine-tuning.
+"""Speed, memory and FLOPs of a training step: the rows C1 to C16 of one table.
 
     python experiments/benchmark/step_time.py --output experiments/results/step_time_cpu
+    python experiments/benchmark/step_time.py --rows C1,C2 --rounds 20 --output experiments/results/step_time_cpu
+    python experiments/benchmark/step_time.py --rows C6 --methods all --output experiments/results/step_time_cpu
+    python experiments/benchmark/step_time.py --rows C11,C12 --data FILE.jsonl --tokenizer DIR --output ...
 
-Programs of one shape, compiled ahead in one process: ``floor`` (frozen weights, gradient of the embedding's output
-only), ``full`` (full fine-tuning with AdamW) and a step of each adapter, made by the ``make_step`` that ``mor train``
-calls. Two programs are timed in turn, A, B, A, B, after two warm-ups; the figure is the median of the per-round ratios
-of process CPU time, with its quartiles. Below 1 means that A is faster. Rows C1 to C4: adapters against the floor, full
-fine-tuning and each other. Row C10: programs compiled after the first step of a whole run of 200 steps.
+Every adapter's step is made by the ``make_step`` that ``mor train`` calls. Two programs, compiled ahead in one process,
+are timed in turn, A, B, A, B, after two warm-ups; the figure is the median of the per-round ratios of process CPU time,
+with its quartiles; below 1 A is faster. Rows that are not measured keep their place in the table. On two quiet cores a
+row takes at most about two minutes (C6 that much for every five methods).
+
+Row: C1 LoRA ÷ floor. C2 LoRA ÷ full fine-tuning. C3 FLOPs. C4 dense mixtures ÷ LoRA of the same total rank. C6 methods
+÷ LoRA. C7 chunked ÷ naive cross-entropy. C8 compiling 32 layers ÷ 4. C9 first step with a warm cache ÷ cold. C10
+programs compiled after step one. C11 real batches ÷ a constant one. C12 packed ÷ padded. C13 saving ÷ not. C14 merged ÷
+base. C15 ours ÷ PEFT on torch. C16 bytes.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import os
-import pathlib
-import platform
-import statistics
-import tempfile
-import time
-from collections.abc import Callable
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
+from compile_rows import compilations, many_layers, warm_cache
+from input_rows import input_overlap, packing, saving
+from loss_rows import LARGE_VOCABULARY, chunked_loss
+from programs import SHAPES
+from step_rows import ROWS as STEP_ROWS
+from step_rows import Bench
+from table import describe_machine, merge_rows, read_rows, write_table
+from torch_rows import against_peft
 
-import mor_jax
-from mor_jax.adapters import LoRA, MoR
-from mor_jax.injection import Adapted, resolve_sites
-from mor_jax.models import Decoder, DecoderConfig, head_kernel
-from mor_jax.optim import plan_rules
-from mor_jax.training.build import build_run
-from mor_jax.training.config import TrainConfig
-from mor_jax.training.loop import run_training
-from mor_jax.training.losses import chunked_cross_entropy, cross_entropy
-from mor_jax.training.step import init_state, language_model_loss, make_step
+from mor_jax.adapters import METHODS
 
-DEMO_BASE = pathlib.Path(mor_jax.__file__).parent / "cli" / "demo" / "base"
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def make_config(scan_layers: bool = True, layers: int = 8) -> DecoderConfig:
-    """Shape S of the targets: 8 layers, width 512, feed-forward 704, 8 heads, vocabulary 8,192."""
-    return DecoderConfig(
-        vocab_size=8192,
-        hidden_size=512,
-        intermediate_size=704,
-        num_layers=layers,
-        num_heads=8,
-        num_kv_heads=8,
-        head_dim=64,
-        max_position_embeddings=256,
-        scan_layers=scan_layers,
-    )
+ALL = ("C1", "C2", "C3", "C4", "C6", "C7", "C8", "C9", "C10", "C11", "C12", "C13", "C14", "C15", "C16")
+# Variables that pin the kernels of a BLAS or of torch to those of an old processor would slow one side of C15 only.
+PINS = (
+    "OPENBLAS_CORETYPE",
+    "MKL_DEBUG_CPU_TYPE",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+)
 
 
-def make_batch(config: DecoderConfig, rows: int = 4, length: int = 256) -> dict[str, jax.Array]:
-    """Full rows of random tokens."""
-    tokens = np.random.default_rng(0).integers(1, config.vocab_size, (rows, length + 1), dtype=np.int32)
-    whole = np.ones((rows, length), np.int32)
-    return {
-        "input_ids": jnp.asarray(tokens[:, :-1]),
-        "targets": jnp.asarray(tokens[:, 1:]),
-        "loss_mask": jnp.asarray(whole),
-        "segment_ids": jnp.asarray(whole),
-        "positions": jnp.asarray(np.broadcast_to(np.arange(length, dtype=np.int32), whole.shape)),
-        "task_ids": jnp.asarray(0 * whole),
-        "prompt_mask": jnp.asarray(0 * whole),
-    }
+def measure(row: str, bench: Bench, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The lines of one row."""
+    shape, rounds = bench.shape, bench.rounds
+    if row in STEP_ROWS:
+        return STEP_ROWS[row](bench, arguments.methods)
+    if row == "C7":
+        return chunked_loss(shape, min(rounds, 5), arguments.large_vocabulary)
+    if row == "C8":
+        return many_layers(shape, rounds)
+    if row == "C9":
+        return warm_cache(arguments.shape, rounds)
+    if row == "C10":
+        return compilations(arguments.methods)
+    if row == "C11":
+        return input_overlap(shape, rounds, arguments.data, arguments.tokenizer)
+    if row == "C12":
+        return packing(shape, rounds, arguments.data, arguments.tokenizer, arguments.row_length)
+    if row == "C13":
+        return saving(shape, rounds)
+    return against_peft(shape, rounds)
 
 
-class Program:
-    """A compiled program whose ``run`` does one step and waits for it."""
-
-    def __init__(self, name: str, function, state, *rest):
-        """Compiles ``function(state, *rest) -> (state, metrics)`` ahead of time."""
-        self.name, self.state, self.rest = name, state, rest
-        self.compiled = function.lower(state, *rest).compile()
-
-    def run(self) -> None:
-        """One step."""
-        self.state, metrics = self.compiled(self.state, *self.rest)
-        jax.block_until_ready((self.state, metrics))
-
-    @property
-    def flops(self) -> float:
-        """By XLA's count, which counts a loop's body once: meaningful for unrolled layers."""
-        return self.compiled.cost_analysis()["flops"]
-
-
-def adapter_program(name: str, adapter, model: Decoder, params, batch) -> tuple[Program, int]:
-    """The step of ``mor train`` for an adapter on the seven linears; also the number of trained parameters."""
-    shape = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    plan = resolve_sites(model, adapter, LINEARS, shape)
-    adapted = Adapted(base=model, plan=plan)
-    rules = plan_rules(plan, total_steps=1000)
-    optimizer = rules.wrap(optax.adamw(1e-4))
-    state, constants, _ = init_state(jax.random.key(1), adapted, params, optimizer, rules=rules)
-    loss = language_model_loss(adapted, lambda p: head_kernel(p, model.config))
-    step = make_step(adapted, optimizer, loss=loss, constants=constants, adapters=state.adapters, rules=rules)
-    return Program(name, step.function, state, params, step.constants, batch), plan.num_params()
-
-
-def floor_program(model: Decoder, params, batch) -> Program:
-    """Forward and backward to the embedding's output, no weight gradient, no optimiser."""
-
-    def loss(offset, params, batch):
-        def add_offset(next_fun, args, kwargs, context):
-            output = next_fun(*args, **kwargs)
-            embeds = context.module.path == ("embed_tokens",) and context.method_name == "__call__"
-            return output + offset if embeds else output
-
-        with nn.intercept_methods(add_offset):
-            arguments = (batch["input_ids"], batch["positions"], batch["segment_ids"])
-            hidden = model.apply({"params": params}, *arguments, output="hidden")
-        total, count = chunked_cross_entropy(
-            hidden, head_kernel(params, model.config), batch["targets"], batch["loss_mask"]
-        )
-        return total / count
-
-    def step(offset, params, batch):
-        value, gradient = jax.value_and_grad(loss)(offset, params, batch)
-        return gradient * 0, value
-
-    offset = jnp.zeros((*batch["input_ids"].shape, model.config.hidden_size))
-    return Program("floor", jax.jit(step, donate_argnums=0), offset, params, batch)
-
-
-def full_program(model: Decoder, params, batch) -> Program:
-    """Full fine-tuning with AdamW."""
-    optimizer = optax.adamw(1e-4)
-
-    def loss(params, batch):
-        logits = model.apply({"params": params}, batch["input_ids"], batch["positions"], batch["segment_ids"])
-        total, count = cross_entropy(logits, batch["targets"], batch["loss_mask"])
-        return total / count
-
-    def step(state, batch):
-        params, opt_state = state
-        value, gradient = jax.value_and_grad(loss)(params, batch)
-        updates, opt_state = optimizer.update(gradient, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), value
-
-    copy = jax.tree.map(jnp.copy, params)
-    return Program("full", jax.jit(step, donate_argnums=0), (copy, optimizer.init(copy)), batch)
-
-
-def time_ratio(first: Program, second: Program, rounds: int) -> dict[str, float]:
-    """Median and quartiles of the per-round ratio of CPU time, and each program's median milliseconds."""
-    for program in (first, second, first, second):
-        program.run()
-    times: dict[str, list[float]] = {"first": [], "second": []}
-    for _ in range(rounds):
-        for key, program in (("first", first), ("second", second)):
-            start = time.process_time()
-            program.run()
-            times[key].append(time.process_time() - start)
-    ratios = [a / b for a, b in zip(times["first"], times["second"], strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4)
-    return {
-        "ratio": median,
-        "low": low,
-        "high": high,
-        "first_ms": 1e3 * statistics.median(times["first"]),
-        "second_ms": 1e3 * statistics.median(times["second"]),
-    }
-
-
-def measure_speed(rounds: int) -> list[dict]:
-    """Rows C1, C2 and C4."""
-    config = make_config()
-    model, batch = Decoder(config), make_batch(config)
-    params = model.init(jax.random.key(0), batch["input_ids"])["params"]
-    make: dict[str, Callable[[], Program]] = {
-        "floor": lambda: floor_program(model, params, batch),
-        "full": lambda: full_program(model, params, batch),
-        "lora r16": lambda: adapter_program("lora r16", LoRA(rank=16), model, params, batch)[0],
-        "lora r32": lambda: adapter_program("lora r32", LoRA(rank=32), model, params, batch)[0],
-        "mor r4 N8": lambda: adapter_program("mor r4 N8", MoR(rank=4, num_experts=8), model, params, batch)[0],
-    }
-    pairs = (
-        ("C1", "lora r16", "floor", "<= 1.25"),
-        ("C1", "mor r4 N8", "floor", "(for comparison)"),
-        ("C2", "lora r16", "full", "<= 0.85"),
-        ("C2", "mor r4 N8", "full", "(for comparison)"),
-        ("C4", "mor r4 N8", "lora r32", "<= 1.20"),
-    )
-    rows = []
-    for row, first, second, target in pairs:
-        found = time_ratio(make[first](), make[second](), rounds)
-        rows.append({"id": row, "what": f"{first} ÷ {second}", "must": target, **found})
-        print(rows[-1], flush=True)
-    return rows
-
-
-def measure_flops() -> list[dict]:
-    """Row C3: FLOPs of an adapter's step over those of the floor plus the adapter's own, layers unrolled."""
-    config = make_config(scan_layers=False)
-    model, batch = Decoder(config), make_batch(config)
-    params = model.init(jax.random.key(0), batch["input_ids"])["params"]
-    floor = floor_program(model, params, batch).flops
-    rows = []
-    for name, adapter in (("lora r16", LoRA(rank=16)), ("mor r4 N8", MoR(rank=4, num_experts=8))):
-        program, num_params = adapter_program(name, adapter, model, params, batch)
-        matmul = num_params
-        if isinstance(adapter, MoR):  # bcat is a matmul of N r x out a token; lam_a and lam_b are no matmuls
-            sites = resolve_sites(model, adapter, LINEARS, jax.ShapeDtypeStruct((1, 8), jnp.int32)).sites
-            inner = adapter.rank + adapter.num_experts
-            total = adapter.rank * adapter.num_experts
-            matmul = sum(s.site.in_features * inner + total * s.site.out_features for s in sites)
-        ratio = program.flops / (floor + 6 * matmul * batch["input_ids"].size)
-        rows.append({"id": "C3", "what": f"FLOPs of {name} ÷ (floor + own)", "must": "<= 1.02", "ratio": ratio})
-        print(rows[-1], flush=True)
-    return rows
-
-
-class CountingBatches:
-    """A run's batches that note, each time one is taken, how many programs were compiled so far."""
-
-    def __init__(self, batches, compiled: list):
-        """Wraps ``batches``; ``compiled`` grows elsewhere."""
-        self.batches, self.compiled, self.seen = batches, compiled, []
-
-    def __next__(self):
-        """The next batch."""
-        self.seen.append(len(self.compiled))
-        return next(self.batches)
-
-    def get_state(self) -> dict:
-        """The batches' own."""
-        return self.batches.get_state()
-
-    def set_state(self, state: dict) -> None:
-        """The batches' own."""
-        self.batches.set_state(state)
-
-
-def measure_compilations(steps: int = 200) -> list[dict]:
-    """Row C10: programs compiled after step one, with evaluation, checkpoints and a last short evaluation batch."""
-    compiled: list[str] = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, _, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
-    )
-    rows = []
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = pathlib.Path(scratch)
-        for name, count in (("train", 96), ("held_out", 21)):
-            records = [{"prompt": f"copy {n * 7919 % 1000}", "completion": f" {n * 7919 % 1000}"} for n in range(count)]
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        for method in ("lora", "mor"):
-            config = TrainConfig(
-                model=str(DEMO_BASE),
-                data=(str(folder / "train.jsonl"),),
-                eval_data=(str(folder / "held_out.jsonl"),),
-                method=method,
-                output_dir=str(folder / method),
-                steps=steps,
-                sequence_length=64,
-                packing=False,
-                eval_every=50,
-                eval_batches=0,
-                save_every=50,
-                mesh="data=1",
-            )
-            run = build_run(config)
-            batches = CountingBatches(run.batches, compiled)
-            run_training(dataclasses.replace(run, batches=batches))
-            after_first = len(compiled) - batches.seen[-steps]
-            rows.append(
-                {"id": "C10", "what": f"programs compiled after step 1, {method}", "must": "0", "ratio": after_first}
-            )
-            print(rows[-1], flush=True)
-    return rows
-
-
-def write(rows: list[dict], output: pathlib.Path, command: str) -> None:
-    """The table as JSON and Markdown, with machine and versions."""
-    machine = {
-        "backend": jax.default_backend(),
-        "cores": os.cpu_count(),
-        "processor": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-    }
-    text = [
-        f"# Step time\n\n`{command}`\n",
-        f"{machine}\n",
-        "| id | what | figure | quartiles | must |",
-        "|---|---|---|---|---|",
-    ]
-    for row in rows:
-        spread = f"{row['low']:.3f} to {row['high']:.3f}" if "low" in row else ""
-        text.append(f"| {row['id']} | {row['what']} | {row['ratio']:.3f} | {spread} | {row['must']} |")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
-        for suffix, content in (
-            (".json", json.dumps({"command": command, "machine": machine, "rows": rows}, indent=1)),
-            (".md", "\n".join(text)),
-        ):
-            path = pathlib.Path(scratch) / f"table{suffix}"
-            path.write_text(content + "\n")
-            os.replace(path, output.with_suffix(suffix))
-
-
-def main() -> None:
-    """Measures all rows and writes the table."""
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=12, help="timed rounds of each pair (default: 12)")
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="table without its suffix")
-    arguments = parser.parse_args()
-    rows = measure_speed(arguments.rounds) + measure_flops() + measure_compilations()
-    write(
-        rows,
-        arguments.output,
-        f"python experiments/benchmark/step_time.py --rounds {arguments.rounds} --output {arguments.output}",
-    )
+    add = parser.add_argument
+    add("--rows", default="", help="such as C1,C2; default: all that the data given allow")
+    add("--methods", default="lora,dora,mor", help="of C6 and C10; 'all' takes every registered one")
+    add("--rounds", type=int, default=10, help="timed rounds of each pair, at least 2 (default: 10)")
+    add("--shape", choices=SHAPES, default="S", help="of model and batch (default: S, that of the targets)")
+    add("--data", action="append", default=[], help="instruction data for C11 and C12; may be repeated")
+    add("--tokenizer", help="Hugging Face directory, for C11 and C12")
+    add("--row-length", type=int, default=1024, help="tokens in a row of C12 (default: 1024)")
+    add("--large-vocabulary", type=int, default=LARGE_VOCABULARY, help="of C7 (default: 131072)")
+    add("--output", type=Path, required=True, help="table without its suffix")
+    arguments = parser.parse_args(argv)
+    has_data = bool(arguments.data and arguments.tokenizer)
+    default = [row for row in ALL if has_data or row not in ("C11", "C12")]
+    arguments.rows = arguments.rows.split(",") if arguments.rows else default
+    arguments.methods = tuple(METHODS) if arguments.methods == "all" else tuple(arguments.methods.split(","))
+    arguments.data = tuple(arguments.data)
+    for row in arguments.rows:
+        if row not in ALL:
+            parser.error(f"--rows: no row {row!r}; there are {', '.join(ALL)}")
+        if row in ("C11", "C12") and not has_data:
+            parser.error(f"--rows {row}: needs --data and --tokenizer")
+    for method in arguments.methods:
+        if method not in METHODS:
+            parser.error(f"--methods: no method {method!r}; there are {', '.join(METHODS)}")
+    if arguments.rounds < 2:
+        parser.error("--rounds: quartiles need at least 2")
+    return arguments
+
+
+def main(argv: list[str]) -> None:
+    """Measures the rows asked for and writes the table after each."""
+    arguments = parse(argv)
+    pinned = [name for name in PINS if name in os.environ]
+    if pinned:
+        sys.exit(f"{pinned[0]} is set, so that old kernels would be measured: unset {' '.join(pinned)}")
+    command = shlex.join(["python", "experiments/benchmark/step_time.py", *argv])
+    bench = Bench(SHAPES[arguments.shape], arguments.rounds)
+    for row in arguments.rows:
+        machine = describe_machine()
+        for found in measure(row, bench, arguments):
+            found = found | {"command": command, "machine": machine}
+            print(f"{found['id']:4s} {found['figure']:10.4f}  {found['must']:10s} {found['what']}", flush=True)
+            write_table(merge_rows(read_rows(arguments.output), [found]), arguments.output)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from jax import Array
 
-from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, Site
+from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, Site, expand
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class DiagonalLoRA(Adapter):
         """(x a) (w * b) for x a: (..., width), as (..., out); w * b is formed in float32 and rounded once."""
         dtype = base_output.dtype
         weighted = self.rank_weights(leaves, inputs)[:, None] * leaves.params["b"]
-        return x.astype(dtype) @ weighted.astype(dtype)
+        return expand(x.astype(dtype), weighted.astype(dtype))
 
     def num_params(self, site: Site) -> int:
         """width (in + out) a layer."""

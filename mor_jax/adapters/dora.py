@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, Site, kaiming_uniform
+from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, Site, expand, kaiming_uniform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class DoRA(Adapter):
         leaves = self.prepare(leaves, kernel)
         dtype = base_output.dtype
         ratio = leaves.params["m"] / leaves.constants["norm"]
-        low_rank = x.astype(dtype) @ (leaves.params["b"] * (self.scale * ratio)).astype(dtype)
+        low_rank = expand(x.astype(dtype), (leaves.params["b"] * (self.scale * ratio)).astype(dtype))
         return (ratio - 1).astype(dtype) * base_output + low_rank
 
     def num_params(self, site: Site) -> int:

@@ -31,6 +31,7 @@ from mor_jax.adapters.base import (
     NotMergeable,
     Site,
     constants_key,
+    expand,
     kaiming_uniform,
 )
 
@@ -97,7 +98,7 @@ class HaLoRA(Adapter):
         """s (x a) b, and x nu while ``inputs.noise_step`` is given, for x: (..., in), as (..., out)."""
         dtype = base_output.dtype
         hidden = jnp.matmul(x, leaves.params["a"].astype(x.dtype), preferred_element_type=jnp.float32)
-        change = hidden.astype(dtype) @ (leaves.params["b"] * self.scale).astype(dtype)
+        change = expand(hidden.astype(dtype), (leaves.params["b"] * self.scale).astype(dtype))
         if inputs.noise_step is None or not self.sigma:
             return change
         return change + x.astype(dtype) @ self.noise(leaves, kernel, inputs.noise_step, dtype)

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, Site, kaiming_uniform
+from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, Site, expand, kaiming_uniform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class LoRA(Adapter):
     ) -> Array:
         """s (x a) b for x a: (..., rank), as (..., out)."""
         dtype = base_output.dtype
-        return x.astype(dtype) @ (leaves.params["b"] * self.scale).astype(dtype)
+        return expand(x.astype(dtype), (leaves.params["b"] * self.scale).astype(dtype))
 
     def num_params(self, site: Site) -> int:
         """rank (in + out) a layer."""

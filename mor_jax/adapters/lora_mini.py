@@ -26,6 +26,7 @@ from mor_jax.adapters.base import (
     Leaves,
     Site,
     constants_key,
+    expand,
     kaiming_uniform,
     rebuildable_normal,
 )
@@ -92,7 +93,7 @@ class LoRAMini(Adapter):
     ) -> Array:
         """s (x A a) b B for x A a: (..., rank), as (..., out)."""
         dtype = base_output.dtype
-        return x.astype(dtype) @ self._composed(leaves).params["up"].astype(dtype)
+        return expand(x.astype(dtype), self._composed(leaves).params["up"].astype(dtype))
 
     def num_params(self, site: Site) -> int:
         """rank (m + n) a layer."""

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, NotMergeable, Site, kaiming_uniform
+from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, NotMergeable, Site, expand, kaiming_uniform
 from mor_jax.adapters.routing import gate_statistics, softmax_gates, switch_balance
 
 ROUTER_STD = 0.02
@@ -156,7 +156,7 @@ class MoR(Adapter):
         dtype, hidden = base_output.dtype, x[..., : self.rank]
         z = gates[..., :, None] * hidden[..., None, :] * leaves.params["lam_a"]
         z = z.reshape(*hidden.shape[:-1], self.num_experts * self.rank)
-        return z.astype(dtype) @ leaves.params["bcat"].astype(dtype)
+        return expand(z.astype(dtype), leaves.params["bcat"].astype(dtype))
 
     def num_params(self, site: Site) -> int:
         """r (in + out) + N (r + out), and N in for a router at the site, a layer."""

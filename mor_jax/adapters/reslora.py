@@ -28,7 +28,7 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, NotMergeable, Site, kaiming_uniform
+from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, NotMergeable, Site, expand, kaiming_uniform
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ class ResLoRA(Adapter):
         else:
             hidden, following = x, None
         b = _joined(leaves, "b", axis=0) * self.scale
-        change = hidden.astype(dtype) @ b.astype(dtype)
+        change = expand(hidden.astype(dtype), b.astype(dtype))
         return change if chain is None else (change, following)
 
     def num_params(self, site: Site) -> int:

@@ -124,7 +124,7 @@ def build_run(config: TrainConfig, optimizer: optax.GradientTransformation | Non
         )
         raise ConfigError(f"{name}={getattr(config, name)!r}: give {remedy}")
     if config.compile_cache:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.compile_cache).absolute()))
+        use_compile_cache(config.compile_cache)
     mesh = choose_mesh(config)
     stored = base_config(config)
     require_objective(config, stored)
@@ -150,6 +150,12 @@ def build_run(config: TrainConfig, optimizer: optax.GradientTransformation | Non
     else:
         loss = decoder_loss(config, adapted, plan, shape, mesh)
     return Run(config, adapted, params, mesh, specs, loss, optimizer, batches, eval_batches, tasks)
+
+
+def use_compile_cache(folder: str | Path) -> None:
+    """Compiled programs are kept in `folder` and found there by later processes, small ones too: a run has dozens."""
+    jax.config.update("jax_compilation_cache_dir", str(Path(folder).absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def base_config(config: TrainConfig) -> ModelConfig:

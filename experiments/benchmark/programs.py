@@ -1,0 +1,258 @@
+"""The compiled programs that the benchmark's rows compare, and how two of them are timed against each other.
+
+``floor``: frozen weights, gradient of the embedding's output only, no optimiser: what any adapter must pay. ``full``:
+full fine-tuning with AdamW. ``adapter_program``: the step that ``mor train`` takes, made by the same ``make_step``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mor_jax.adapters import Adapter, LoRA, make_adapter, method_options
+from mor_jax.injection import Adapted, AdapterPlan, resolve_sites
+from mor_jax.models import Decoder, DecoderConfig, head_kernel
+from mor_jax.optim import plan_rules
+from mor_jax.training.losses import chunked_cross_entropy, cross_entropy
+from mor_jax.training.step import Loss, init_state, language_model_loss, make_step
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LARGEST_RANK = 64  # a method whose rank would have to be larger to have LoRA's parameters keeps this one
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and a batch: ``rows`` x ``length`` tokens."""
+
+    model: DecoderConfig
+    rows: int
+    length: int
+
+    def with_model(self, **changes: Any) -> Shape:
+        """The same with other fields of the model."""
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, **changes))
+
+
+def _config(vocab: int, width: int, feed_forward: int, layers: int, heads: int, length: int) -> DecoderConfig:
+    return DecoderConfig(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=feed_forward,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=width // heads,
+        max_position_embeddings=length,
+    )
+
+
+SHAPES = {
+    "S": Shape(_config(8192, 512, 704, 8, 8, 256), rows=4, length=256),  # that of the targets
+    "tiny": Shape(_config(256, 32, 48, 2, 2, 32), rows=2, length=32),  # for tests
+}
+
+
+def make_batch(shape: Shape) -> dict[str, jax.Array]:
+    """Full rows of random tokens."""
+    size = (shape.rows, shape.length)
+    tokens = np.random.default_rng(0).integers(1, shape.model.vocab_size, (size[0], size[1] + 1), dtype=np.int32)
+    whole = np.ones(size, np.int32)
+    return {
+        "input_ids": jnp.asarray(tokens[:, :-1]),
+        "targets": jnp.asarray(tokens[:, 1:]),
+        "loss_mask": jnp.asarray(whole),
+        "segment_ids": jnp.asarray(whole),
+        "positions": jnp.asarray(np.broadcast_to(np.arange(size[1], dtype=np.int32), size)),
+        "task_ids": jnp.asarray(0 * whole),
+        "prompt_mask": jnp.asarray(0 * whole),
+    }
+
+
+def make_params(shape: Shape) -> Any:
+    """Random weights of the base."""
+    return jax.jit(Decoder(shape.model).init)(jax.random.key(0), jnp.ones((1, 8), jnp.int32))["params"]
+
+
+class Program:
+    """A compiled program whose ``run`` does one step and waits for it."""
+
+    def __init__(self, name: str, function: Any, state: Any, *rest: Any):
+        """Compiles ``function(state, *rest) -> (state, metrics)`` ahead of time; ``state`` may be donated."""
+        self.name, self.state, self.rest = name, state, rest
+        self.compiled = function.lower(state, *rest).compile()
+
+    def run(self) -> Any:
+        """One step; its metrics."""
+        self.state, metrics = self.compiled(self.state, *self.rest)
+        jax.block_until_ready((self.state, metrics))
+        return metrics
+
+    def run_on(self, batch: Any) -> Any:
+        """One step on another batch of the same shape."""
+        self.rest = (*self.rest[:-1], batch)
+        return self.run()
+
+    @property
+    def flops(self) -> float:
+        """By XLA's count, which counts a loop's body once: meaningful for unrolled layers."""
+        return self.compiled.cost_analysis()["flops"]
+
+    @property
+    def temporary_bytes(self) -> int:
+        """Memory that the program needs beside its arguments and results."""
+        return self.compiled.memory_analysis().temp_size_in_bytes
+
+
+@dataclass(frozen=True)
+class AdapterStep:
+    """Everything of an adapter's step before it is compiled."""
+
+    plan: AdapterPlan
+    function: Any
+    state: Any
+    rest: tuple[Any, ...]
+
+    def compile(self, name: str) -> Program:
+        """The program."""
+        return Program(name, self.function, self.state, *self.rest)
+
+
+def make_plan(adapter: Adapter, config: DecoderConfig) -> AdapterPlan:
+    """The adapter on the seven linear maps of each layer."""
+    return resolve_sites(Decoder(config), adapter, LINEARS, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+
+
+def whole_logits_loss(adapted: Adapted, head: Callable[[Any], jax.Array]) -> Loss:
+    """The loss without chunks: all logits at once, differentiated by jax."""
+
+    def loss(variables, batch, inputs):
+        arguments = (batch["input_ids"], batch["positions"], batch["segment_ids"])
+        hidden = adapted.apply(variables, *arguments, output="hidden", adapter_inputs=inputs)
+        kernel = jax.lax.stop_gradient(head(variables["params"]))
+        logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        return cross_entropy(logits, batch["targets"], batch["loss_mask"])
+
+    return loss
+
+
+def adapter_step(
+    adapter: Adapter,
+    config: DecoderConfig,
+    params: Any,
+    batch: Any,
+    make_loss: Callable[[Adapted, Callable[[Any], jax.Array]], Loss] = language_model_loss,
+    optimizer: optax.GradientTransformation | None = None,
+) -> AdapterStep:
+    """The step of ``mor train`` for an adapter on the seven linear maps, with AdamW unless told otherwise."""
+    plan = make_plan(adapter, config)
+    adapted = Adapted(base=Decoder(config), plan=plan)
+    rules = plan_rules(plan, total_steps=1000)
+    optimizer = rules.wrap(optax.adamw(1e-4) if optimizer is None else optimizer)
+    state, constants, _ = init_state(jax.random.key(1), adapted, params, optimizer, rules=rules)
+    loss = make_loss(adapted, lambda p: head_kernel(p, config))
+    step = make_step(adapted, optimizer, loss=loss, constants=constants, adapters=state.adapters, rules=rules)
+    return AdapterStep(plan, step.function, state, (params, step.constants, batch))
+
+
+def adapter_program(name: str, adapter: Adapter, config: DecoderConfig, params: Any, batch: Any) -> Program:
+    """``adapter_step``, compiled."""
+    return adapter_step(adapter, config, params, batch).compile(name)
+
+
+def floor_program(config: DecoderConfig, params: Any, batch: Any) -> Program:
+    """Forward and backward to the embedding's output, no weight gradient, no optimiser."""
+
+    def loss(offset, params, batch):
+        def add_offset(next_fun, args, kwargs, context):
+            output = next_fun(*args, **kwargs)
+            embeds = context.module.path == ("embed_tokens",) and context.method_name == "__call__"
+            return output + offset if embeds else output
+
+        with nn.intercept_methods(add_offset):
+            arguments = (batch["input_ids"], batch["positions"], batch["segment_ids"])
+            hidden = Decoder(config).apply({"params": params}, *arguments, output="hidden")
+        head = head_kernel(params, config)
+        total, count = chunked_cross_entropy(hidden, head, batch["targets"], batch["loss_mask"])
+        return total / count
+
+    def step(offset, params, batch):
+        value, gradient = jax.value_and_grad(loss)(offset, params, batch)
+        return gradient * 0, value
+
+    offset = jnp.zeros((*batch["input_ids"].shape, config.hidden_size))
+    return Program("floor", jax.jit(step, donate_argnums=0), offset, params, batch)
+
+
+def full_program(config: DecoderConfig, params: Any, batch: Any) -> Program:
+    """Full fine-tuning with AdamW."""
+    optimizer = optax.adamw(1e-4)
+
+    def loss(params, batch):
+        arguments = (batch["input_ids"], batch["positions"], batch["segment_ids"])
+        logits = Decoder(config).apply({"params": params}, *arguments)
+        total, count = cross_entropy(logits, batch["targets"], batch["loss_mask"])
+        return total / count
+
+    def step(state, batch):
+        params, opt_state = state
+        value, gradient = jax.value_and_grad(loss)(params, batch)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), value
+
+    copy = jax.tree.map(jnp.copy, params)
+    return Program("full", jax.jit(step, donate_argnums=0), (copy, optimizer.init(copy)), batch)
+
+
+def sized_adapter(method: str, config: DecoderConfig, rank: int = 16) -> Adapter:
+    """The method at the rank, up to 64, that brings its parameters closest to those of LoRA at ``rank``.
+
+    A method without a rank, or whose own default is above 64, keeps its defaults.
+    """
+    default = make_adapter(method)
+    if "rank" not in method_options(method) or getattr(default, "rank", 0) > LARGEST_RANK:
+        return default
+    sites = [found.site for found in make_plan(LoRA(rank=rank), config).sites]
+    wanted = sum(LoRA(rank=rank).num_params(site) for site in sites)
+    candidates = []
+    for number in range(1, LARGEST_RANK + 1):
+        try:
+            adapter = make_adapter(method, rank=number)
+            candidates.append((abs(sum(adapter.num_params(site) for site in sites) - wanted), number, adapter))
+        except ValueError:  # some methods take only ranks that divide something
+            continue
+    return min(candidates, key=lambda found: found[:2])[2] if candidates else default
+
+
+def time_ratio(first: Callable[[], Any], second: Callable[[], Any], rounds: int) -> dict[str, Any]:
+    """Median and quartiles of the per-round ratio of process CPU time, and each function's median milliseconds.
+
+    Two calls of each to warm up, then ``rounds`` (at least 2) of first, second in turn.
+    """
+    for function in (first, second, first, second):
+        function()
+    times: dict[str, list[float]] = {"first": [], "second": []}
+    for _ in range(rounds):
+        for key, function in (("first", first), ("second", second)):
+            start = time.process_time()
+            function()
+            times[key].append(time.process_time() - start)
+    ratios = [a / b for a, b in zip(times["first"], times["second"], strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return {
+        "figure": median,
+        "low": low,
+        "high": high,
+        "rounds": rounds,
+        "first_ms": 1e3 * statistics.median(times["first"]),
+        "second_ms": 1e3 * statistics.median(times["second"]),
+    }

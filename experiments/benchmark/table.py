@@ -1,0 +1,102 @@
+"""The table that the benchmark writes: rows of figures as JSON, with the same as Markdown beside it.
+
+A row is {"id", "what", "must", "figure", "command", ...}. Rows are kept when others are measured again, so each carries
+the command, machine and versions that made it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import tempfile
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "peft", "transformers")
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores, load and the versions of what is timed."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "backend": jax.default_backend(),
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def read_rows(output: Path) -> list[dict[str, Any]]:
+    """The rows of an earlier run, or []."""
+    path = output.with_suffix(".json")
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def merge_rows(old: Iterable[dict[str, Any]], new: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All of ``new``, and of ``old`` what was not measured again, in the order of the ids (C2 before C10)."""
+    new = list(new)
+    measured = {(row["id"], row["what"]) for row in new}
+    rows = [row for row in old if (row["id"], row["what"]) not in measured] + new
+    return sorted(rows, key=lambda row: int(row["id"][1:]))
+
+
+def is_met(row: dict[str, Any]) -> bool | None:
+    """Whether the figure is as "must" says ("<= 1.25", ">= 2.5", "0.98 to 1.02"); None where it is only reported."""
+    found = re.fullmatch(r"(<=|>=) ([\d.]+)", row["must"])
+    if found:
+        limit = float(found[2])
+        return row["figure"] <= limit if found[1] == "<=" else row["figure"] >= limit
+    found = re.fullmatch(r"([\d.]+) to ([\d.]+)", row["must"])
+    return float(found[1]) <= row["figure"] <= float(found[2]) if found else None
+
+
+def _figure(value: float) -> str:
+    return f"{value:.1e}" if 0 < abs(value) < 0.01 else f"{value:.3f}"
+
+
+def to_markdown(rows: list[dict[str, Any]]) -> str:
+    """The table, then which command and machine made which rows."""
+    lines = [
+        "# Speed and memory of a training step",
+        "",
+        "| id | what | figure | quartiles | must | met | note |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        spread = f"{row['low']:.3f} to {row['high']:.3f}" if "low" in row else ""
+        met = {True: "yes", False: "**no**", None: ""}[is_met(row)]
+        cells = (row["id"], row["what"], _figure(row["figure"]), spread, row["must"], met, row.get("note", ""))
+        lines.append("| " + " | ".join(cells) + " |")
+    for command in dict.fromkeys(row["command"] for row in rows):
+        own = [row for row in rows if row["command"] == command]
+        ids = ", ".join(dict.fromkeys(row["id"] for row in own))
+        lines += ["", f"{ids}: `{command}`"]
+        for machine in dict.fromkeys(json.dumps(row["machine"]) for row in own):
+            about = ", ".join(f"{name} {value}" for name, value in json.loads(machine).items())
+            lines += ["", f"on {about}"]
+    return "\n".join(lines) + "\n"
+
+
+def write_table(rows: list[dict[str, Any]], output: Path) -> None:
+    """``output``.json and ``output``.md, each replaced whole."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
+        for suffix, text in ((".json", json.dumps({"rows": rows}, indent=1) + "\n"), (".md", to_markdown(rows))):
+            path = Path(scratch) / f"table{suffix}"
+            path.write_text(text, encoding="utf-8")
+            os.replace(path, output.with_suffix(suffix))

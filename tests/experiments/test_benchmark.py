@@ -1,0 +1,137 @@
+"""The benchmark's programs on a tiny shape, and its table."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mor_jax.adapters import METHODS, LoRA, MoR
+
+BENCHMARK = Path(__file__).parents[2] / "experiments" / "benchmark"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _scripts_importable():
+    """The scripts import one another as they do when run: by name, from their own folder."""
+    sys.path.insert(0, str(BENCHMARK))
+    yield
+    sys.path.remove(str(BENCHMARK))
+
+
+@pytest.fixture(scope="module")
+def bench():
+    from programs import SHAPES
+    from step_rows import Bench
+
+    return Bench(SHAPES["tiny"], rounds=2)
+
+
+def test_step_program_trains_the_adapter_alone(bench):
+    """The row of C1 times a step that lowers the loss and leaves the base as it was."""
+    before = jax.device_get(jax.tree.map(np.array, bench.params))
+    program = bench.program("LoRA r16", LoRA(rank=16))
+    losses = [float(program.run()["loss"]) for _ in range(8)]
+    assert losses[-1] < losses[0]
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(bench.params))
+
+
+def test_floor_program_has_the_loss_of_the_untrained_step(bench):
+    floor = float(bench.program("floor").run())
+    assert floor == pytest.approx(float(bench.step(LoRA(rank=16)).compile("fresh").run()["loss"]), rel=1e-5)
+
+
+def test_trained_bytes_are_twelve_a_parameter(bench):
+    """Row C16: the factors and Adam's two moments in float32, and nothing for the frozen base."""
+    from step_rows import bytes_held
+
+    (row,) = bytes_held(bench, ())
+    assert row["figure"] == pytest.approx(1.0)
+
+
+def test_methods_are_sized_like_lora(bench):
+    """MoR gets the rank whose parameters are nearest to those of LoRA; ranks beside it are further off."""
+    from programs import LINEARS, make_plan, sized_adapter
+
+    config = bench.shape.model
+    wanted = make_plan(LoRA(rank=16), config).num_params()
+    mor = sized_adapter("mor", config)
+    off = [abs(make_plan(MoR(rank=mor.rank + step), config).num_params() - wanted) for step in (-1, 0, 1)]
+    assert off[1] == min(off)
+    assert {site.site.path.rsplit("/", 1)[-1] for site in make_plan(mor, config).sites} == set(LINEARS)
+    assert all(sized_adapter(method, config).name == method for method in METHODS)
+
+
+def row(name, figure, what="a ÷ b", must="<= 1.25", command="first"):
+    return {"id": name, "what": what, "must": must, "figure": figure, "command": command, "machine": {"cores": 2}}
+
+
+def test_table_keeps_rows_that_are_not_measured_again(tmp_path):
+    from table import merge_rows, read_rows, write_table
+
+    output = tmp_path / "results" / "step_time"
+    write_table([row("C1", 1.2), row("C10", 0, "compiled", "<= 0"), row("C2", 0.9, must="<= 0.85")], output)
+    write_table(merge_rows(read_rows(output), [row("C1", 1.3, command="second")]), output)
+    rows = json.loads(output.with_suffix(".json").read_text())["rows"]
+    assert [(r["id"], r["figure"], r["command"]) for r in rows] == [
+        ("C1", 1.3, "second"),
+        ("C2", 0.9, "first"),
+        ("C10", 0, "first"),
+    ]
+    text = output.with_suffix(".md").read_text()
+    assert "| C1 | a ÷ b | 1.300 |  | <= 1.25 | **no** |  |" in text
+    assert "| C10 | compiled | 0.000 |  | <= 0 | yes |  |" in text
+    assert "C2, C10: `first`" in text
+    assert "C1: `second`" in text
+
+
+@pytest.mark.parametrize(
+    ("figure", "must", "met"),
+    [
+        (1.0, "0.98 to 1.02", True),
+        (1.03, "0.98 to 1.02", False),
+        (2.4, ">= 2.5", False),
+        (2.5, ">= 2.5", True),
+        (1e-6, "<= 0.00001", True),
+        (9.0, "", None),
+    ],
+)
+def test_figure_is_compared_with_its_target(figure, must, met):
+    from table import is_met
+
+    assert is_met(row("C14", figure, must=must)) is met
+
+
+def test_ratio_alternates_and_warms_up():
+    """Two warm-ups of each, then first and second in turn; a function that does more has the larger time."""
+    from programs import time_ratio
+
+    calls = []
+    work = {"more": 400_000, "less": 40_000}
+
+    def function(name):
+        return lambda: calls.append(name) or sum(range(work[name]))
+
+    found = time_ratio(function("more"), function("less"), rounds=3)
+    assert calls == ["more", "less"] * 5
+    assert found["figure"] > 1
+    assert found["low"] <= found["figure"] <= found["high"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rows", "C99"], "no row 'C99'"),
+        (["--rows", "C12"], "needs --data and --tokenizer"),
+        (["--methods", "lora,nothing"], "no method 'nothing'"),
+        (["--rounds", "1"], "at least 2"),
+    ],
+)
+def test_command_line_says_what_is_wrong(arguments, message, capsys):
+    from step_time import parse
+
+    with pytest.raises(SystemExit):
+        parse([*arguments, "--output", "table"])
+    assert message in capsys.readouterr().err
