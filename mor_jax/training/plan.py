@@ -273,9 +273,7 @@ def advice(found: Forecast) -> str:
     lacking = "the step does not fit a device"
     if found.peak_bytes_per_device > found.capacity_bytes:
         over = found.peak_bytes_per_device - found.capacity_bytes
-        lacking = (
-            f"the step needs {found.peak_bytes_per_device / gib:.1f} GiB a device, {over / gib:.1f} more than there are"
-        )
+        lacking = f"the step needs {found.peak_bytes_per_device / gib:.1f} GiB a device, {over / gib:.1f} too many"
         if found.argument_bytes > found.capacity_bytes:
             return f"{lacking}, and the base alone is too large: use a larger slice, or more fsdp or tensor in --mesh"
     less = "--remat full" if found.remat != "full" else "a higher --accumulate or a shorter --sequence-length"
