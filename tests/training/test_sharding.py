@@ -69,8 +69,8 @@ def test_each_axis_is_split_as_the_table_says():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_every_parameter_of_every_family_has_named_axes(family, scan_layers):
-    flags = {name: True for name in FAMILIES[family].bias_fields}
-    config = dataclasses.replace(CONFIG, qk_norm=FAMILIES[family].qk_norm, scan_layers=scan_layers, **flags)
+    flags = {name: True for name in FAMILIES[family].bias_fields} | FAMILIES[family].fixed
+    config = dataclasses.replace(CONFIG, scan_layers=scan_layers, **flags)
     params = abstract_params(config)
     jax.tree.map(lambda leaf, names: len(names) == leaf.ndim or pytest.fail(str(names)), params, logical_axes(params))
 
