@@ -106,18 +106,37 @@ def lines_of(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+class Runs:
+    """Each method's uninterrupted run, trained when a test first asks for it: any test may run alone."""
+
+    def __init__(self, files, folders):
+        self._files, self._folders, self._done = files, folders, {}
+
+    def whole(self, method):
+        """(folder, recorder, result)."""
+        if method not in self._done:
+            run = self._folders.mktemp(method) / "run"
+            with pytest.MonkeyPatch.context() as patch:
+                recorder = Recorder(patch)
+                result = loop.train(config_of(self._files, run, method))
+            self._done[method] = run, recorder, result
+        return self._done[method]
+
+    def __getitem__(self, method):
+        """(folder, states before and after the events of every step)."""
+        run, recorder, _ = self.whole(method)
+        return run, recorder.states
+
+
 @pytest.fixture(scope="module")
-def runs():
-    """What each method's uninterrupted run left, for the tests after it."""
-    return {}
+def runs(files, tmp_path_factory):
+    return Runs(files, tmp_path_factory)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_events_fire_on_exactly_their_steps_and_leaves(method, files, tmp_path_factory, runs, monkeypatch):
+def test_events_fire_on_exactly_their_steps_and_leaves(method, runs):
     """Between two events nothing but the optimiser writes; an event writes its leaves alone; each is in the log."""
-    recorder, run = Recorder(monkeypatch), tmp_path_factory.mktemp(method) / "run"
-    result = loop.train(config_of(files, run, method))
-    runs[method] = run, recorder.states
+    run, recorder, result = runs.whole(method)
     assert result["steps"] == STEPS
     assert ("eval_loss" in result) == (method in RULES)
     assert result["padded_parameters"] >= result["trainable_parameters"] > 0
@@ -226,10 +245,11 @@ def test_halora_holds_its_noise_for_an_epoch(files, tmp_path):
 
 def test_accumulation_does_not_change_a_rule(files, tmp_path, runs, monkeypatch):
     """Two micro-batches see the same feature norms together as one whole batch, so the same entries are pruned."""
+    _, states_of_whole = runs["prilora"]
     recorder = Recorder(monkeypatch)
     loop.train(config_of(files, tmp_path / "run", "prilora", accumulate=2))
     for step in (3, 6):
-        whole, split = (states[step][1] for states in (runs["prilora"][1], recorder.states))
+        whole, split = (states[step][1] for states in (states_of_whole, recorder.states))
         for path, norms in whole["rule_state"]["0-prune"].items():
             np.testing.assert_allclose(
                 split["rule_state"]["0-prune"][path]["feature_norm"], norms["feature_norm"], rtol=2e-3
@@ -240,14 +260,15 @@ def test_accumulation_does_not_change_a_rule(files, tmp_path, runs, monkeypatch)
 
 def test_layers_apart_on_a_mesh(files, tmp_path, runs, monkeypatch):
     """--no-scan-layers on data x fsdp: the layers' own ranks and statistics, and the same loss as stacked ones."""
+    run_of_stacked, states_of_stacked = runs["prilora"]
     recorder = Recorder(monkeypatch)
     loop.train(config_of(files, tmp_path / "run", "prilora", scan_layers=False, mesh="data=2,fsdp=2"))
     masks = {path: int(own["mask"].sum()) for path, own in recorder.states[STEPS][1]["adapter_state"].items()}
     assert {path.split("/")[0]: rank for path, rank in masks.items()} == {"layers_0": 2, "layers_1": 6}
-    stacked = runs["prilora"][1][STEPS][1]["adapter_state"]
+    stacked = states_of_stacked[STEPS][1]["adapter_state"]
     assert all(own["mask"].sum(-1).tolist() == [2, 6] for own in stacked.values())
     assert [step for step, reports in recorder.reports.items() if reports] == [3, 6]
-    first = [lines_of(run)[0]["loss"] for run in (tmp_path / "run", runs["prilora"][0])]
+    first = [lines_of(run)[0]["loss"] for run in (tmp_path / "run", run_of_stacked)]
     np.testing.assert_allclose(first[0], first[1], rtol=1e-5)
 
 
