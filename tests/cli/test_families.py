@@ -8,7 +8,6 @@ import json
 import os
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import tiny_bert
@@ -20,7 +19,7 @@ from mor_jax.cli.main import main
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.oracle
+pytestmark = [pytest.mark.oracle, pytest.mark.usefixtures("quick_compilation")]
 
 RANK, ALPHA = 2, 8.0
 LORA = ("--method", "lora", "--rank", str(RANK), "--alpha", str(ALPHA))
@@ -35,15 +34,6 @@ KEYS = {
     "generate": {"text", "tokens"},
     "verify": {"ok", "bad"},
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """A third less time: each program is compiled for a few calls, and nothing here is about speed."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(autouse=True)
