@@ -74,7 +74,7 @@ def test_conversations_in_parquet_are_those_of_json_lines(tmp_path, kind):
 
 
 def test_a_parquet_file_need_not_fit_into_memory(tmp_path):
-    """Arrow reads ahead by sixteen row groups, however many there are."""
+    """No more than 256 rows, and the row group they are in, are held at a time: here a sixth of the file."""
     import pyarrow
     import pyarrow.parquet
 
