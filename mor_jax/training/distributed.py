@@ -32,11 +32,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mor_jax.training.mesh import replicated
 
+JOIN_SECONDS = 300  # that the first process waits for the last one
 HEARTBEAT_SECONDS = 30  # of silence until a peer counts as lost
 EXIT_SECONDS = 20  # that a process waits at its end for the others to come to theirs
 _LOST = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "heartbeat", "Gloo", "NCCL")  # in the text of jax's errors
-_NOT_FOUND = "coordinator_address should be defined"  # jax's words when it detects no cluster
-_IN_USE = "must be called before any JAX calls"  # and when it is too late to join one
+# What jax says when it detects no cluster, and when devices are in use already.
+_ALONE = ("coordinator_address should be defined", "must be called before any JAX calls")
 
 
 class DistributedError(ValueError):
@@ -86,24 +87,23 @@ def join(coordinator: str = "", num_processes: int | None = None, process_id: in
     process_id = _number("JAX_PROCESS_ID", process_id)
     jax.config.update("jax_enable_preemption_service", False)
     options: dict[str, Any] = {
+        "initialization_timeout": JOIN_SECONDS,
         "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
         "shutdown_timeout_seconds": EXIT_SECONDS,
     }
     if coordinator or num_processes is not None or process_id is not None:
         options |= _explicit(coordinator, num_processes, process_id)
+    minutes = JOIN_SECONDS // 60
+    undo = _on_abort(LostPeerError.exit_code, f"the other processes did not come within {minutes} minutes: start all")
     try:
         jax.distributed.initialize(**options)
-    except ValueError as error:
-        if _NOT_FOUND not in str(error):
+    except (ValueError, RuntimeError) as error:
+        if not any(words in str(error) for words in _ALONE) or "coordinator_address" in options:
             raise DistributedError(f"{error}: name the processes, or use --distributed off") from error
+    if not jax.distributed.is_initialized() or is_alone():
+        undo()
         return False
-    except RuntimeError as error:
-        if _IN_USE in str(error) and "coordinator_address" not in options:
-            return False
-        raise DistributedError(f"{error}: name the processes, or use --distributed off") from error
-    if is_alone():
-        return False
-    _on_abort(LostPeerError.exit_code, f"mor: {LostPeerError()}")
+    _on_abort(LostPeerError.exit_code, str(LostPeerError()))
     if not is_first():
         logging.getLogger("mor_jax").setLevel(logging.ERROR)
     return True
@@ -250,20 +250,24 @@ def is_lost_peer(error: BaseException) -> bool:
 _ON_ABORT: list[Any] = []  # what the C library was told to call must not be collected
 
 
-def _on_abort(code: int, line: str) -> None:
-    """From now on an abort ends the process with `code` and `line`.
+def _on_abort(code: int, line: str) -> Callable[[], None]:
+    """From now on an abort ends the process with `code` and `line`; returns what undoes that.
 
-    XLA aborts a process whose peer went silent, from a thread of its own, in which Python runs no handler.
+    XLA aborts a process whose peers did not come or went silent, often from a thread of its own, in which Python runs
+    no handler.
     """
-    text = f"{line}\n".encode() if line else b""
+    text = f"mor: {line}\n".encode() if line else b""
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def handler(_: int) -> None:
         os.write(2, text)
         os._exit(code)
 
+    set_handler = ctypes.CDLL(None).signal
+    set_handler.restype = ctypes.c_void_p
     _ON_ABORT.append(handler)
-    ctypes.CDLL(None).signal(int(signal.SIGABRT), handler)
+    before = set_handler(int(signal.SIGABRT), handler)
+    return lambda: set_handler(int(signal.SIGABRT), ctypes.c_void_p(before))
 
 
 def leave(code: int, wait: bool) -> None:

@@ -291,7 +291,7 @@ def _set_up(run: Run, stop: StopRequest, custom_optimizer: bool) -> _Loop:
             run.loss, run.eval_batches, mesh=run.mesh, constants=constants, shardings=shardings, tasks=run.tasks
         )
     pulse = None if is_alone() else Pulse(run.mesh)
-    _compile(run, step, evaluation, state, done)
+    _compile(run, step, evaluation, pulse, state, done)
     return _Loop(
         run=run,
         stop=stop,
@@ -351,12 +351,16 @@ def _items(state: TrainState) -> dict[str, Any]:
     return parts | {"counters": counters}
 
 
-def _compile(run: Run, step: Step, evaluation: Evaluation | None, state: TrainState, done: int) -> None:
-    """Compiles step and evaluation, so that no later call compiles anything."""
+def _compile(
+    run: Run, step: Step, evaluation: Evaluation | None, pulse: Pulse | None, state: TrainState, done: int
+) -> None:
+    """Compiles step, evaluation and pulse, so that no later call compiles anything."""
     if done < run.config.steps:
         place = run.batches.get_state()
         batch = put_batch(next(run.batches), run.mesh, run.config.batch_size)
         run.batches.set_state(place)
         step.lower(state, run.params, batch).compile()
+        if pulse is not None:
+            pulse(None, batch)
     if evaluation is not None:
         evaluation.compile(state, run.params)

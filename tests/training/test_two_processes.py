@@ -28,12 +28,6 @@ def _newest(run):
     return (Checkpoints(run / "checkpoints").steps() or [0])[-1]
 
 
-def _after_new_lines(pair, run, count=1):
-    """Waits until a process that resumed has cut the file and written `count` lines more than the newest checkpoint."""
-    start = _newest(run)
-    pair.wait_until(lambda: _steps(run) >= start + count and _newest(run) >= start)
-
-
 def _lose_one(pair, run):
     """SIGKILL to process 1: the other ends by itself, with one line, and its checkpoints are whole."""
     pair.wait_until(lambda: _newest(run) >= 2 and _steps(run) >= 3)
@@ -46,9 +40,10 @@ def _lose_one(pair, run):
     assert not (run / "adapter").exists()
 
 
-def _stop_one(pair, run):
-    """SIGTERM to process 1 alone: both save the same step and exit alike; nothing is lost."""
-    _after_new_lines(pair, run)
+def _stop_one(pair, run, before):
+    """SIGTERM to process 1 alone, after a new step: both save the same step and exit alike; nothing is lost."""
+    written = run / "metrics.jsonl"
+    pair.wait_until(lambda: written.stat().st_ino != before and _steps(run) > _newest(run))
     pair.processes[1].send_signal(signal.SIGTERM)
     assert pair.wait() == [143, 143]
     assert pair.output(0) == pair.output(1) == ""
@@ -83,7 +78,8 @@ def two(files, tmp_path_factory):
     save_config(config_of(files, run, steps=STEPS), folder / "run.yaml")
     _lose_one(Pair(folder / "first", *COMMAND, "train", folder / "run.yaml", "--json"), run)
     again = (*COMMAND, "train", run / "config.yaml", "--resume", "--json")
-    _stop_one(Pair(folder / "second", *again), run)
+    before = (run / "metrics.jsonl").stat().st_ino  # who resumes cuts the lines into a new file
+    _stop_one(Pair(folder / "second", *again), run, before)
     pair = Pair(folder / "third", *again)
     assert pair.wait() == [0, 0]
     assert json.loads(pair.output(0))["steps"] == STEPS

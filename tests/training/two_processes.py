@@ -23,7 +23,11 @@ class Pair:
         self.processes = [self._start(number, port, words) for number in range(2)]
 
     def _start(self, number, port, words):
-        own = os.environ | {"USE_TORCH": "0", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+        own = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "USE_TORCH": "0",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        }
         named = ("--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id", str(number))
         command = [sys.executable, *map(str, words), *named]
         out, err = self._files[number]
