@@ -39,6 +39,7 @@ def on_first(launch: LaunchOptions, run: Callable[[], Any]) -> Any:
     from mor_jax.training.distributed import barrier, is_first, together
 
     with together():
+        barrier("all are here")  # who has met once is waited for however long it takes
         result = run() if is_first() else None
         barrier("process 0 is done")
         return result

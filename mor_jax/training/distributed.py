@@ -51,10 +51,11 @@ class LostPeerError(RuntimeError):
 
     exit_code = 3
 
-    def __init__(self) -> None:
+    def __init__(self, error: BaseException | None = None) -> None:
+        detail = "" if error is None else f" ({' '.join(str(error).split())[:200]})"
         super().__init__(
-            f"process {jax.process_index()} of {jax.process_count()}: another process was lost: its own log says why;"
-            " start all of them again with --resume"
+            f"process {jax.process_index()} of {jax.process_count()}: another process was lost{detail}: its own log"
+            " says why; start all of them again with --resume"
         )
 
 
@@ -69,7 +70,8 @@ class DecidedElsewhereError(RuntimeError):
 def join(coordinator: str = "", num_processes: int | None = None, process_id: int | None = None) -> bool:
     """Joins the other processes of this run; to be called before jax touches a device.
 
-    What is given counts, else what jax detects; without either, or with devices in use, the process stays alone.
+    What is given counts, else what jax detects; without either, or with devices in use, the process stays alone. One
+    that has joined stays joined.
 
     Args:
       coordinator: HOST:PORT of process 0; empty takes JAX_COORDINATOR_ADDRESS.
@@ -82,6 +84,8 @@ def join(coordinator: str = "", num_processes: int | None = None, process_id: in
     Raises:
       DistributedError: only a part of the three is given, or they contradict each other.
     """
+    if jax.distributed.is_initialized():
+        return not is_alone()
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
     num_processes = _number("JAX_NUM_PROCESSES", num_processes)
     process_id = _number("JAX_PROCESS_ID", process_id)
@@ -304,7 +308,7 @@ def together() -> Iterator[None]:
         yield
     except jax.errors.JaxRuntimeError as error:
         if is_lost_peer(error):
-            raise LostPeerError from error
+            raise LostPeerError(error) from error
         raise
     finally:
         os.dup2(kept, 1)

@@ -108,7 +108,7 @@ def run_training(run: Run, stop: StopRequest | None = None, custom_optimizer: bo
     except jax.errors.JaxRuntimeError as error:
         if is_lost_peer(error):
             loop.checkpoints.abandon()
-            raise LostPeerError from error
+            raise LostPeerError(error) from error
         raise
     finally:
         loop.close()
@@ -355,12 +355,14 @@ def _compile(
     run: Run, step: Step, evaluation: Evaluation | None, pulse: Pulse | None, state: TrainState, done: int
 ) -> None:
     """Compiles step, evaluation and pulse, so that no later call compiles anything."""
+    batch: Any = None
     if done < run.config.steps:
         place = run.batches.get_state()
         batch = put_batch(next(run.batches), run.mesh, run.config.batch_size)
         run.batches.set_state(place)
         step.lower(state, run.params, batch).compile()
-        if pulse is not None:
-            pulse(None, batch)
     if evaluation is not None:
         evaluation.compile(state, run.params)
+    barrier("compiled")  # on CPUs those that never met wait for each other for half a minute only
+    if pulse is not None and batch is not None:
+        pulse(None, batch)

@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,24 +94,31 @@ def test_two_processes_that_were_killed_and_stopped_train_what_one_does(two, fil
     _assert_like_one(tmp_path / "one", two)
 
 
-@pytest.mark.slow  # two processes for each command
+def _commands(run, files, folder):
+    held_out = f"add={files}/held_out_add.jsonl"
+    return [
+        ["merge", str(run), "--output-dir", str(folder / "merge")],
+        ["export", str(run), "--format", "peft", "--output-dir", str(folder / "export")],
+        ["eval", str(run), "--data", held_out, "--sequence-length", "48", "--json"],
+    ]
+
+
+@pytest.mark.slow  # two processes
 def test_two_processes_merge_export_and_evaluate_what_one_does(two, files, tmp_path, capsys):
     together, alone = tmp_path / "together", tmp_path / "alone"
-    held_out = f"add={files}/held_out_add.jsonl"
-    for words in (
-        ["merge", two, "--output-dir"],
-        ["export", two, "--format", "peft", "--output-dir"],
-    ):
-        pair = Pair(tmp_path / "logs", *COMMAND, *words, together / words[0], "--json")
-        assert pair.wait() == [0, 0]
-        assert pair.output(1) == ""
-        assert main([*map(str, words), str(alone / words[0])]) == 0
-        names = sorted(path.name for path in (alone / words[0]).iterdir())
-        assert names == sorted(path.name for path in (together / words[0]).iterdir())
-        for path in (alone / words[0]).glob("*.safetensors"):
-            assert path.read_bytes() == (together / words[0] / path.name).read_bytes()
-    pair = Pair(tmp_path / "logs", *COMMAND, "eval", two, "--data", held_out, "--sequence-length", "48", "--json")
+    for folder in (together, alone):
+        folder.mkdir()
+    (tmp_path / "commands.json").write_text(json.dumps(_commands(two, files, together)))
+    script = Path(__file__).parent / "several_commands.py"
+    pair = Pair(tmp_path / "logs", script, tmp_path / "commands.json")
+    for command in _commands(two, files, alone):
+        capsys.readouterr()
+        assert main(command) == 0
     assert pair.wait() == [0, 0]
-    capsys.readouterr()
-    assert main(["eval", str(two), "--data", held_out, "--sequence-length", "48", "--json"]) == 0
-    assert json.loads(pair.output(0)) == json.loads(capsys.readouterr().out)
+    assert pair.output(1) == ""
+    assert json.loads(pair.output(0).splitlines()[-1]) == json.loads(capsys.readouterr().out)
+    for name in ("merge", "export"):
+        files_of = [sorted(path.name for path in (folder / name).iterdir()) for folder in (together, alone)]
+        assert files_of[0] == files_of[1]
+        for path in (alone / name).glob("*.safetensors"):
+            assert path.read_bytes() == (together / name / path.name).read_bytes()
