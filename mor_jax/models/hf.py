@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +178,14 @@ def _load_leaf(
     def place(entry: TensorEntry, where: jax.sharding.Sharding) -> jax.Array:
         shape = entry.shape[::-1] if entry.transpose else entry.shape
         source = checkpoint.slices(entry.name)
-        return jax.make_array_from_callback(shape, where, partial(_read, source, entry, dtype))
+        parts: dict[str, np.ndarray] = {}  # devices that hold the same part get the same read
+
+        def part(index: Any) -> np.ndarray:
+            if str(index) not in parts:
+                parts[str(index)] = _read(source, entry, dtype, index)
+            return parts[str(index)]
+
+        return jax.make_array_from_callback(shape, where, part)
 
     if entries[0].layer is None:
         return place(entries[0], sharding)
