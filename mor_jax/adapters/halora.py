@@ -17,7 +17,7 @@ asked for: it is exact, but moves the adapter onto the noisy memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +30,10 @@ from mor_jax.adapters.base import (
     Leaves,
     NotMergeable,
     Site,
-    constants_key,
     expand,
     kaiming_uniform,
 )
+from mor_jax.adapters.constants import constants_key
 
 TILE = 64
 
@@ -89,12 +89,12 @@ class HaLoRA(Adapter):
         place = jnp.stack([jnp.int32(site.identifier), jnp.asarray(layer + site.first_layer, jnp.int32)])
         return Leaves({"a": a, "b": b}, {}, {"place": place})
 
-    def noise(self, leaves: Leaves, kernel: Kernel, step: Array, dtype=jnp.float32) -> Array:
-        """nu: (in, out) of ``dtype``, the same for all steps of one epoch of ``noise_steps``."""
+    def noise(self, leaves: Leaves, kernel: Kernel, step: Array) -> Array:
+        """nu: (in, out) float32, the same for all steps of one epoch of ``noise_steps``."""
         place = leaves.constants["place"]
         key = constants_key(self.seed, place[0], place[1], jnp.asarray(step) // self.noise_steps)
-        noise = self.sigma * jax.random.normal(key, kernel.shape, dtype)
-        return noise * tile_max(kernel.dense()).astype(dtype) if self.noise_unit == "tile_max" else noise
+        noise = self.sigma * jax.random.normal(key, kernel.shape, jnp.float32)
+        return noise * tile_max(kernel.dense()) if self.noise_unit == "tile_max" else noise
 
     def delta(
         self,
@@ -107,11 +107,22 @@ class HaLoRA(Adapter):
     ) -> Array:
         """s (x a) b, and x nu while ``inputs.noise_step`` is given, for x: (..., in), as (..., out)."""
         dtype = base_output.dtype
-        hidden = jnp.matmul(x, leaves.params["a"].astype(x.dtype), preferred_element_type=jnp.float32)
-        change = expand(hidden.astype(dtype), (leaves.params["b"] * self.scale).astype(dtype))
+        change = self._low_rank(leaves, x, dtype)
         if inputs.noise_step is None or not self.sigma:
             return change
-        return change + x.astype(dtype) @ self.noise(leaves, kernel, inputs.noise_step, dtype)
+        return change + x.astype(dtype) @ self.noise(leaves, kernel, inputs.noise_step).astype(dtype)
+
+    def output(self, leaves: Leaves, x: Array, kernel: Kernel, inputs: AdapterInputs) -> Array | None:
+        """x (W + nu) + s (x a) b while ``inputs.noise_step`` is given: one product with the kernel instead of two."""
+        if inputs.noise_step is None or not self.sigma:
+            return None
+        noisy = kernel.dense() + self.noise(leaves, kernel, inputs.noise_step)
+        return x @ noisy.astype(x.dtype) + self._low_rank(leaves, x, x.dtype)
+
+    def _low_rank(self, leaves: Leaves, x: Array, dtype: Any) -> Array:
+        """s (x a) b, (..., out) of ``dtype``."""
+        hidden = jnp.matmul(x, leaves.params["a"].astype(x.dtype), preferred_element_type=jnp.float32)
+        return expand(hidden.astype(dtype), (leaves.params["b"] * self.scale).astype(dtype))
 
     def penalty(self, leaves: Leaves) -> Array | None:
         """mu (||a^T a|| + ||b b^T||) of one layer, float32; its gradient at b = 0 is 0."""

@@ -19,17 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters.base import (
-    Adapter,
-    AdapterInputs,
-    Kernel,
-    Leaves,
-    Site,
-    constants_key,
-    expand,
-    kaiming_uniform,
-    rebuildable_normal,
-)
+from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, Site, expand, kaiming_uniform
+from mor_jax.adapters.constants import constants_key, rebuildable_normal
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,18 +16,46 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters.base import (
-    Adapter,
-    AdapterInputs,
-    Kernel,
-    Leaves,
-    Site,
-    constants_key,
-    rebuildable_uniform,
-)
+from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, Site
+from mor_jax.adapters.constants import constants_key, rebuildable_uniform
+
+
+@jax.custom_vjp
+def merged_product(x: Array, kernel: Array, a: Array, b: Array, d: Array, lam_b: Array) -> Array:
+    """x (W + (a * d) b * lam_b), (..., out).
+
+    The gradients of d and lam_b both come from (x a)^T g: (r, out), where jax's own rule would form x^T g: (in, out).
+    """
+    return x @ _merged(kernel, a, b, d, lam_b)
+
+
+def _merged(kernel: Array, a: Array, b: Array, d: Array, lam_b: Array) -> Array:
+    return kernel + (a * d) @ (b * lam_b)
+
+
+def _product_forward(x: Array, kernel: Array, *vectors: Array) -> tuple[Array, tuple[Array, ...]]:
+    merged = _merged(kernel, *vectors)
+    return x @ merged, (x, merged, *vectors)
+
+
+def _product_backward(kept: tuple[Array, ...], g: Array) -> tuple[Array, ...]:
+    x, merged, a, b, d, lam_b = kept
+    tokens = tuple(range(g.ndim - 1))
+
+    def over_tokens(left: Array) -> Array:
+        return jax.lax.dot_general(left, g, ((tokens, tokens), ((), ())))
+
+    weighted = b * over_tokens(x @ a)
+    whole = over_tokens(x)  # of the frozen arrays: the compiler drops it where nobody asks for their gradients
+    frozen = whole, (whole @ (b * lam_b).T) * d, ((a * d).T @ whole) * lam_b
+    return g @ merged.T, *frozen, weighted @ lam_b, d @ weighted
+
+
+merged_product.defvjp(_product_forward, _product_backward)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +101,18 @@ class VeRA(Adapter):
         dtype = base_output.dtype
         hidden = jnp.matmul(x, a.astype(x.dtype), preferred_element_type=jnp.float32) * leaves.params["d"]
         return (hidden.astype(dtype) @ b.astype(dtype)) * leaves.params["lam_b"].astype(dtype)
+
+    def output(self, leaves: Leaves, x: Array, kernel: Kernel, inputs: AdapterInputs) -> Array | None:
+        """x (W + (a * d) b * lam_b), for float32 x: (..., in) of more than in out / (in + out) tokens.
+
+        With that many tokens forming the sum is less work than a pass of all tokens through a and b, and the sum takes
+        less memory than x and y. In a narrower dtype it would lose what is below half a unit in the last place of W.
+        """
+        (rows, columns), tokens = kernel.shape, x.size // x.shape[-1]
+        if x.dtype != jnp.float32 or tokens * (rows + columns) <= rows * columns:
+            return None
+        a, b = self._factors(leaves, kernel)
+        return merged_product(x, kernel.dense(), a, b, leaves.params["d"], leaves.params["lam_b"])
 
     def _factors(self, leaves: Leaves, kernel: Kernel) -> tuple[Array, Array]:
         in_features, out_features = kernel.shape
