@@ -26,33 +26,40 @@ from mor_jax.adapters.constants import constants_key, rebuildable_uniform
 
 @jax.custom_vjp
 def merged_product(x: Array, kernel: Array, a: Array, b: Array, d: Array, lam_b: Array) -> Array:
-    """x (W + (a * d) b * lam_b), (..., out).
+    """x (W + (a * d) b * lam_b), (..., out), for the shared a and b before they are cut to the site.
 
     The gradients of d and lam_b both come from (x a)^T g: (r, out), where jax's own rule would form x^T g: (in, out).
+    a and b are cut here, so that x a is one product for all sites that read x: cut before, they would be other arrays.
     """
     return x @ _merged(kernel, a, b, d, lam_b)
 
 
 def _merged(kernel: Array, a: Array, b: Array, d: Array, lam_b: Array) -> Array:
+    a, b = _cut(a, b, kernel.shape)
     return kernel + (a * d) @ (b * lam_b)
 
 
-def _product_forward(x: Array, kernel: Array, *vectors: Array) -> tuple[Array, tuple[Array, ...]]:
-    merged = _merged(kernel, *vectors)
-    return x @ merged, (x, merged, *vectors)
+def _cut(a: Array, b: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    return a[: shape[0]], b[:, : shape[1]]
+
+
+def _product_forward(x: Array, kernel: Array, *factors: Array) -> tuple[Array, tuple[Array, ...]]:
+    merged = _merged(kernel, *factors)
+    return x @ merged, (x, merged, *factors)
 
 
 def _product_backward(kept: tuple[Array, ...], g: Array) -> tuple[Array, ...]:
-    x, merged, a, b, d, lam_b = kept
+    x, merged, *shared, d, lam_b = kept
     tokens = tuple(range(g.ndim - 1))
+    a, b = _cut(*shared, merged.shape)
 
     def over_tokens(left: Array) -> Array:
         return jax.lax.dot_general(left, g, ((tokens, tokens), ((), ())))
 
     weighted = b * over_tokens(x @ a)
-    whole = over_tokens(x)  # of the frozen arrays: the compiler drops it where nobody asks for their gradients
-    frozen = whole, (whole @ (b * lam_b).T) * d, ((a * d).T @ whole) * lam_b
-    return g @ merged.T, *frozen, weighted @ lam_b, d @ weighted
+    # Of the frozen arrays as well: the compiler drops it where nobody asks.
+    _, pullback = jax.vjp(lambda *frozen: _merged(*frozen, d, lam_b), merged, *shared)
+    return g @ merged.T, *pullback(over_tokens(x)), weighted @ lam_b, d @ weighted
 
 
 merged_product.defvjp(_product_forward, _product_backward)
@@ -111,12 +118,11 @@ class VeRA(Adapter):
         (rows, columns), tokens = kernel.shape, x.size // x.shape[-1]
         if x.dtype != jnp.float32 or tokens * (rows + columns) <= rows * columns:
             return None
-        a, b = self._factors(leaves, kernel)
+        a, b = leaves.constants["a"], leaves.constants["b"]
         return merged_product(x, kernel.dense(), a, b, leaves.params["d"], leaves.params["lam_b"])
 
     def _factors(self, leaves: Leaves, kernel: Kernel) -> tuple[Array, Array]:
-        in_features, out_features = kernel.shape
-        return leaves.constants["a"][:in_features], leaves.constants["b"][:, :out_features]
+        return _cut(leaves.constants["a"], leaves.constants["b"], kernel.shape)
 
     def num_params(self, site: Site) -> int:
         """Rank + out a layer."""

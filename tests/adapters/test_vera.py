@@ -57,14 +57,18 @@ def _merged(tokens=(2, 5), rows=9, columns=7, rank=3):
     """The method, its leaves, kernel and x, and the arguments of ``merged_product``."""
     adapter, kernel = VeRA(rank=rank), one_layer.kernel_of(KEY, rows, columns)
     leaves = one_layer.scramble(one_layer.start(adapter, KEY, kernel), KEY, std=1.0)
-    x = jax.random.normal(KEY, (*tokens, rows))
-    params, constants = leaves.params, leaves.constants
+    constants = adapter.shared(KEY, (one_layer.site_of(kernel), Site("large", rows + 3, columns + 2))).constants
+    leaves = leaves._replace(constants=constants)
+    x, params = jax.random.normal(KEY, (*tokens, rows)), leaves.params
     return adapter, leaves, kernel, (x, kernel.value, constants["a"], constants["b"], params["d"], params["lam_b"])
 
 
 def test_the_merged_form_is_the_same_map_with_the_same_gradients():
     adapter, leaves, kernel, arguments = _merged()
-    plain = lambda x, kernel, a, b, d, lam_b: x @ kernel + ((x @ a) * d) @ b * lam_b  # noqa: E731 - the equation
+
+    def plain(x, kernel, a, b, d, lam_b):
+        return x @ kernel + ((x @ a[:9]) * d) @ b[:, :7] * lam_b
+
     expected = plain(*arguments)
     y = adapter.output(leaves, arguments[0], kernel, AdapterInputs())
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
