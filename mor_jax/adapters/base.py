@@ -196,6 +196,12 @@ class Adapter:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{type(self).__name__}.{name} must be positive, got {getattr(self, name)}")
 
+    def require_choice(self, name: str, *allowed: str) -> None:
+        """Raises ValueError unless the field ``name`` is one of ``allowed``."""
+        if getattr(self, name) not in allowed:
+            known = ", ".join(allowed)
+            raise ValueError(f"{type(self).__name__}.{name} must be one of {known}, got {getattr(self, name)!r}")
+
     @property
     def gate_block(self) -> str | None:
         """Regular expression of the module whose input decides the gate; None: the site itself."""

@@ -18,11 +18,12 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, Site, expand, kaiming_uniform
+from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site, expand, kaiming_uniform
+from mor_jax.adapters.low_rank import LowRank
 
 
 @dataclass(frozen=True, kw_only=True)
-class MELoRA(Adapter):
+class MELoRA(LowRank):
     """Mini-ensemble of low-rank adapters."""
 
     name: ClassVar[str] = "melora"
@@ -30,18 +31,12 @@ class MELoRA(Adapter):
     paper: ClassVar[str] = "2402.17263"
 
     rank: int = 8  # of each mini LoRA
-    alpha: float = 16.0  # numerator of the scale s = alpha / rank
     num_minis: int = 2  # n, which divides in and out of every site
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field that is out of range."""
         super().__post_init__()
-        self.require_positive("rank", "alpha", "num_minis")
-
-    @property
-    def scale(self) -> float:
-        """s."""
-        return self.alpha / self.rank
+        self.require_positive("num_minis")
 
     def _slices(self, site: Site) -> tuple[int, int]:
         """(in / n, out / n).

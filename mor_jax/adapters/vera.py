@@ -49,16 +49,16 @@ def _product_forward(x: Array, kernel: Array, *factors: Array) -> tuple[Array, t
 
 
 def _product_backward(kept: tuple[Array, ...], g: Array) -> tuple[Array, ...]:
-    x, merged, *shared, d, lam_b = kept
+    x, merged, shared_a, shared_b, d, lam_b = kept
     tokens = tuple(range(g.ndim - 1))
-    a, b = _cut(*shared, merged.shape)
+    a, b = _cut(shared_a, shared_b, merged.shape)
 
     def over_tokens(left: Array) -> Array:
         return jax.lax.dot_general(left, g, ((tokens, tokens), ((), ())))
 
     weighted = b * over_tokens(x @ a)
     # Of the frozen arrays as well: the compiler drops it where nobody asks.
-    _, pullback = jax.vjp(lambda *frozen: _merged(*frozen, d, lam_b), merged, *shared)
+    _, pullback = jax.vjp(lambda kernel, a, b: _merged(kernel, a, b, d, lam_b), merged, shared_a, shared_b)
     return g @ merged.T, *pullback(over_tokens(x)), weighted @ lam_b, d @ weighted
 
 
