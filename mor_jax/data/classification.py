@@ -1,6 +1,6 @@
 """Labelled texts to examples with a class, and no token, to be learned.
 
-{"text": ..., "label": ...}    or    {"sentence1": ..., "sentence2": ... (may be absent), "label": ...}
+{"text" or "sentence": ..., "label": ...}    or    {"sentence1": ..., "sentence2": ... (may be absent), "label": ...}
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from mor_jax.data.examples import OVERLONG, Examples, Overlong, SourceCounts
 from mor_jax.data.sources import DataError, DataSource, read_records
 
-TEXT_FIELDS = (("text",), ("sentence1", "sentence2"), ("sentence1",))
+TEXT_FIELDS = (("text",), ("sentence",), ("sentence1", "sentence2"), ("sentence1",))
 
 
 class _Labelled(NamedTuple):
@@ -107,7 +107,7 @@ def _texts(record: Mapping[str, Any], where: str) -> list[str]:
             break
     else:
         has = ", ".join(map(str, record)) or "(none)"
-        raise DataError(f"{where}: has the fields {has}; needs text, or sentence1 and sentence2")
+        raise DataError(f"{where}: has the fields {has}; needs text or sentence, or sentence1 and sentence2")
     for name, text in zip(names, texts, strict=True):
         if not isinstance(text, str):
             raise DataError(
