@@ -148,7 +148,7 @@ def counted_note(row: dict[str, Any], program: Program, lora: Program) -> str:
         return note
     limit = float(row["must"].split()[-1])
     if products > limit:
-        return f"{note}: missed by arithmetic, {program.counted[0] / 1e9:.1f} against {lora.counted[0] / 1e9:.1f} GFLOP"
+        return f"{note}: missed by arithmetic, {program.counted[0] / 1e9:.4g} against {lora.counted[0] / 1e9:.4g} GFLOP"
     return f"{note}: missed, and not by its matmuls"
 
 
