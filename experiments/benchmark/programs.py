@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import flax.linen as nn
@@ -23,6 +24,7 @@ from mor_jax.adapters import Adapter, LoRA, make_adapter, method_options
 from mor_jax.injection import Adapted, AdapterPlan, resolve_sites
 from mor_jax.models import Decoder, DecoderConfig, HeadKernel, head_kernel
 from mor_jax.optim import plan_rules
+from mor_jax.training.hlo import count_compiled_flops, measure_traffic
 from mor_jax.training.losses import chunked_cross_entropy, cross_entropy
 from mor_jax.training.step import Loss, init_state, language_model_loss, make_step
 
@@ -106,6 +108,12 @@ class Program:
     def flops(self) -> float:
         """By XLA's count, which counts a loop's body once: meaningful for unrolled layers."""
         return self.compiled.cost_analysis()["flops"]
+
+    @cached_property
+    def counted(self) -> tuple[float, float]:
+        """(operations of its matrix products, bytes read and written), loops counted in full, in the compiled text."""
+        text = self.compiled.as_text()
+        return count_compiled_flops(text), measure_traffic(text).memory
 
     @property
     def temporary_bytes(self) -> int:

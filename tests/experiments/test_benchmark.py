@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -66,6 +67,21 @@ def test_methods_are_sized_like_lora(bench):
 
 def row(name, figure, what="a ÷ b", must="<= 1.25", command="first"):
     return {"id": name, "what": what, "must": must, "figure": figure, "command": command, "machine": {"cores": 2}}
+
+
+@pytest.mark.parametrize(
+    ("figure", "products", "end"),
+    [
+        (1.2, 1.4e9, "1.40 × its matmul FLOPs, 1.25 × its memory traffic"),
+        (1.3, 1.4e9, "1.25 × its memory traffic: missed by arithmetic, 1.4 against 1 GFLOP"),
+        (1.3, 1.1e9, "1.25 × its memory traffic: missed, and not by its matmuls"),
+    ],
+)
+def test_note_says_whether_the_counted_products_explain_a_miss(figure, products, end):
+    from step_rows import counted_note
+
+    method, lora = (SimpleNamespace(counted=counted) for counted in ((products, 5e6), (1e9, 4e6)))
+    assert counted_note(row("C6", figure), method, lora).endswith(end)
 
 
 def test_table_keeps_rows_that_are_not_measured_again(tmp_path):
