@@ -205,16 +205,9 @@ def forecast(config: TrainConfig, shape: DecoderConfig, topology: Topology) -> F
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        used = used_bytes(str(error))
-        if used is None:
+        if used_bytes(str(error)) is None:
             raise
-        return Forecast(
-            **common,
-            fits=False,
-            peak_bytes_per_device=used,
-            argument_bytes=local_bytes(lay_out(config, shape, mesh).placed()),
-            problem=" ".join(str(error).split())[:300],
-        )
+        return _refused(str(error), local_bytes(lay_out(config, shape, mesh).placed()), common)
     memory, traffic = compiled.memory_analysis(), measure_traffic(compiled.as_text())
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -232,6 +225,16 @@ def forecast(config: TrainConfig, shape: DecoderConfig, topology: Topology) -> F
         },
         gathered_stacks=_gathered_stacks(params, traffic),
         **roofline(common["flops"], traffic, mesh.size, topology.chip, useful),
+    )
+
+
+def _refused(message: str, argument_bytes: int, common: dict[str, Any]) -> Forecast:
+    return Forecast(
+        **common,
+        fits=False,
+        peak_bytes_per_device=used_bytes(message) or 0,
+        argument_bytes=argument_bytes,
+        problem=" ".join(message.split())[:300],
     )
 
 

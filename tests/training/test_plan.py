@@ -98,6 +98,24 @@ def test_the_planned_memory_is_that_of_the_step_that_ran(run, trained):
     assert "\n" not in advised
 
 
+def test_adapters_send_factors_and_gradients_but_no_activations(run, trained):
+    """Only activations have an axis of the row's length, and only the table look-up of the base may send them."""
+    step, state, batch = trained
+    text = step.lower(state, run.params, batch).compile().as_text()
+    found = re.findall(r" = (.*?) (all-[\w\-]+|reduce-scatter|collective-permute)\((.*)", text)
+    assert {"all-gather", "all-reduce"} <= {kind for _, kind, _ in found}
+    length = run.config.sequence_length
+    sent = [(shape, kind) for shape, kind, rest in found if "embed_tokens" not in rest and f"{length}" in _axes(shape)]
+    assert not sent
+    factors = {str(size) for leaf in jax.tree.leaves(state.adapters) for size in leaf.shape}
+    gathered = [_axes(shape) for shape, kind, rest in found if kind == "all-gather" and "_proj" in rest]
+    assert [axes for axes in gathered if min(map(int, axes)) <= 2 * 3 and axes & factors]  # the sharded factors
+
+
+def _axes(shape):
+    return set(re.findall(r"(?<=[\[,])\d+(?=[,\]])", shape))
+
+
 def test_the_planned_merge_holds_what_the_merge_holds(run, trained):
     _, state, _ = trained
     constants = trained[0].constants
