@@ -21,7 +21,7 @@ import optax
 
 from mor_jax.adapters import Adapter, LoRA, make_adapter, method_options
 from mor_jax.injection import Adapted, AdapterPlan, resolve_sites
-from mor_jax.models import Decoder, DecoderConfig, head_kernel
+from mor_jax.models import Decoder, DecoderConfig, HeadKernel, head_kernel
 from mor_jax.optim import plan_rules
 from mor_jax.training.losses import chunked_cross_entropy, cross_entropy
 from mor_jax.training.step import Loss, init_state, language_model_loss, make_step
@@ -132,14 +132,15 @@ def make_plan(adapter: Adapter, config: DecoderConfig) -> AdapterPlan:
     return resolve_sites(Decoder(config), adapter, LINEARS, jax.ShapeDtypeStruct((1, 8), jnp.int32))
 
 
-def whole_logits_loss(adapted: Adapted, head: Callable[[Any], jax.Array]) -> Loss:
+def whole_logits_loss(adapted: Adapted, head: Callable[[Any], HeadKernel]) -> Loss:
     """The loss without chunks: all logits at once, differentiated by jax."""
 
     def loss(variables, batch, inputs):
         arguments = (batch["input_ids"], batch["positions"], batch["segment_ids"])
         hidden = adapted.apply(variables, *arguments, output="hidden", adapter_inputs=inputs)
-        kernel = jax.lax.stop_gradient(head(variables["params"]))
-        logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        kernel, axis = head(variables["params"])
+        kernel = jax.lax.stop_gradient(kernel)
+        logits = jnp.tensordot(hidden, kernel, ((-1,), (1 - axis,)), preferred_element_type=jnp.float32)
         return cross_entropy(logits, batch["targets"], batch["loss_mask"])
 
     return loss
@@ -150,7 +151,7 @@ def adapter_step(
     config: DecoderConfig,
     params: Any,
     batch: Any,
-    make_loss: Callable[[Adapted, Callable[[Any], jax.Array]], Loss] = language_model_loss,
+    make_loss: Callable[[Adapted, Callable[[Any], HeadKernel]], Loss] = language_model_loss,
     optimizer: optax.GradientTransformation | None = None,
 ) -> AdapterStep:
     """The step of ``mor train`` for an adapter on the seven linear maps, with AdamW unless told otherwise."""
@@ -181,8 +182,9 @@ def floor_program(config: DecoderConfig, params: Any, batch: Any) -> Program:
         with nn.intercept_methods(add_offset):
             arguments = (batch["input_ids"], batch["positions"], batch["segment_ids"])
             hidden = Decoder(config).apply({"params": params}, *arguments, output="hidden")
-        head = head_kernel(params, config)
-        total, count = chunked_cross_entropy(hidden, head, batch["targets"], batch["loss_mask"])
+        head, axis = head_kernel(params, config)
+        told = (batch["targets"], batch["loss_mask"])
+        total, count = chunked_cross_entropy(hidden, head, *told, vocabulary_axis=axis)
         return total / count
 
     def step(offset, params, batch):

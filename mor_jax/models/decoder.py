@@ -15,7 +15,7 @@ With `scan_layers=False` the layers are `layers_0`, `layers_1`, ... and their le
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -230,8 +230,15 @@ def init_cache(config: DecoderConfig, batch_size: int, length: int) -> dict:
     }
 
 
-def head_kernel(params: dict, config: DecoderConfig) -> jax.Array:
-    """The output matrix (D, V): `lm_head/kernel`, or the transposed embedding when tied."""
+class HeadKernel(NamedTuple):
+    """The output matrix as it lies in memory; a transposed copy of it would be as large as itself."""
+
+    kernel: jax.Array  # (D, V) or (V, D)
+    vocabulary_axis: int  # 1 or 0
+
+
+def head_kernel(params: dict, config: DecoderConfig) -> HeadKernel:
+    """`lm_head/kernel` (D, V), or the embedding (V, D) when tied."""
     if config.tie_word_embeddings:
-        return params["embed_tokens"]["embedding"].T
-    return params["lm_head"]["kernel"]
+        return HeadKernel(params["embed_tokens"]["embedding"], 0)
+    return HeadKernel(params["lm_head"]["kernel"], 1)

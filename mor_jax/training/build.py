@@ -33,6 +33,7 @@ from mor_jax.injection import Adapted, AdapterPlan, resolve_sites
 from mor_jax.models import (
     DecoderConfig,
     EncoderConfig,
+    HeadKernel,
     ModelConfig,
     abstract_params,
     head_kernel,
@@ -207,8 +208,8 @@ def choose_mesh(config: TrainConfig) -> jax.sharding.Mesh:
     return make_mesh(f"data={used}")
 
 
-def frozen_head(plan: AdapterPlan, shape: DecoderConfig) -> Callable[[Any], jax.Array] | None:
-    """params -> (D, V), or None where the head is adapted or trained and whole logits are needed."""
+def frozen_head(plan: AdapterPlan, shape: DecoderConfig) -> Callable[[Any], HeadKernel] | None:
+    """params -> the head, or None where the head is adapted or trained and whole logits are needed."""
     head = "embed_tokens" if shape.tie_word_embeddings else "lm_head"
     if head in plan.trained_modules or any(path.endswith("lm_head") for path in plan.paths):
         _LOGGER.warning("the output head is trained: the loss holds whole logits instead of chunks")
