@@ -151,3 +151,26 @@ def test_command_line_says_what_is_wrong(arguments, message, capsys):
     with pytest.raises(SystemExit):
         parse([*arguments, "--output", "table"])
     assert message in capsys.readouterr().err
+
+
+def test_slices_are_judged_by_their_rows_and_missing_ones_are_not_yet_run():
+    import slice_targets
+    import slices
+
+    gib = 2**30
+    row = {"fits": True, "gathered_stacks": [], "capacity_bytes": 16 * gib, "argument_bytes": gib, "collectives": {}}
+    row |= {"case": "8b", "peak_bytes_per_device": 13.5 * gib, "base_bytes": 1000, "compile_cpu_seconds": 60.0}
+    row |= {"compute_seconds": 2.0, "memory_seconds": 1.0, "network_seconds": 0.5, "estimated_seconds": 2.0}
+    mor = row | {"method": "mor", "trained_bytes": 42}
+    lora = row | {"method": "lora", "trained_bytes": 21, "estimated_seconds": 1.9}
+    lines = slice_targets.table([mor, lora]).splitlines()
+    assert lines[2].endswith("| 13.50 GiB | yes |")
+    assert [line for line in lines if "1.053 | no" in line and line.startswith("| 8B: MoR's estimated time")]
+    assert [line for line in lines if "4.20% | no" in line]
+    assert sum("not yet run" in line for line in lines) == len(slice_targets.TARGETS) - 3
+    whole = slice_targets.table([mor | {"gathered_stacks": ["layers/mlp/up_proj/kernel"]}])
+    assert "gathers layers/mlp/up_proj/kernel | no" in whole
+    rows = slices.table([mor]).splitlines()
+    assert rows[2].startswith("| Llama-3.1-8B | v5e:4x4 | mor | 3 | 13.50 | 16 | 1.00 | 2.00 |")
+    assert {line.count("|") for line in rows} == {rows[0].count("|")}
+    assert sum("not yet run" in line for line in rows) == 2 * len(slices.CASES) - 1
