@@ -102,7 +102,7 @@ class PlanOptions(InspectOptions):
     batch_size: int = 8  # rows of one optimiser step, over all devices and micro-batches
     accumulate: int = 1  # micro-batches a step is computed in
     sequence_length: int = 512  # tokens in a row
-    mesh: str = ""  # "data=2,fsdp=4,tensor=2"; empty puts every device on fsdp
+    mesh: str = ""  # "data=2,fsdp=4,sequence=2,tensor=2"; empty puts every device on fsdp
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again
     dtype: Literal["float32", "bfloat16"] | None = None  # of the computation; bfloat16 on a TPU, float32 on the CPU
     param_dtype: Literal["float32", "bfloat16"] | None = None  # of the frozen base; empty is dtype

@@ -27,10 +27,10 @@ from mor_jax.models.attention import (
     LayerInputs,
     LayerKind,
     RMSNorm,
+    Tokens,
     default_positions,
     rotary_tables,
     soft_cap,
-    visible,
 )
 from mor_jax.models.config import DecoderConfig
 from mor_jax.models.layers import ACTIVATION_FUNCTIONS, REMAT_POLICIES
@@ -131,11 +131,11 @@ class Decoder(nn.Module):
         if positions is None:
             positions = default_positions(segment_ids) + (0 if index is None else index)
         positions = jnp.asarray(positions, jnp.int32)
-        keys = self._cache_keys(index, positions, segment_ids) if decode else (positions, segment_ids)
+        queries = Tokens(positions, segment_ids)
+        keys = self._cache_keys(index, queries) if decode else queries
         cos, sin = rotary_tables(config, positions)
         windowed = any(window is not None for window in config.windows)
-        distance = positions[:, :, None] - keys[0][:, None, :] if windowed else None
-        inputs = LayerInputs(cos, sin, visible(positions, segment_ids, *keys), distance, index)
+        inputs = LayerInputs(cos, sin, queries, keys, index)
 
         embed = nn.Embed(
             config.vocab_size,
@@ -198,15 +198,15 @@ class Decoder(nn.Module):
             )
         return self.get_variable("cache", "index")
 
-    def _cache_keys(self, index: Any, positions: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _cache_keys(self, index: Any, queries: Tokens) -> Tokens:
         """Positions and segments of all cache slots, (B, T) each, after this call's tokens are entered."""
         written = []
-        for name, new in (("positions", positions), ("segment_ids", segment_ids)):
+        for name, new in queries._asdict().items():
             slots = jax.lax.dynamic_update_slice_in_dim(self.get_variable("cache", name), new, index, axis=1)
             self.put_variable("cache", name, slots)
             written.append(slots)
-        self.put_variable("cache", "index", index + positions.shape[1])
-        return written[0], written[1]
+        self.put_variable("cache", "index", index + queries.positions.shape[1])
+        return Tokens(*written)
 
 
 def init_cache(config: DecoderConfig, batch_size: int, length: int) -> dict:

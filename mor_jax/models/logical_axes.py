@@ -5,6 +5,7 @@
     heads, kv_heads, mlp    query heads, key-value heads, the inner width of the MLP
     layers                  the stacked layers of a scan
     batch, length           rows and their tokens, of activations only
+    key_length              tokens as keys and values, which queries anywhere in their row look at
 
 An axis without a name (None) is never split: norms, and the residual stream of activations.
 """
@@ -21,6 +22,7 @@ RESIDUAL: Axes = ("batch", "length", None)
 INNER: Axes = ("batch", "length", "mlp")
 QUERY_HEADS: Axes = ("batch", "length", "heads", None)
 KEY_HEADS: Axes = ("batch", "length", "kv_heads", None)
+ALL_KEYS: Axes = ("batch", "key_length", "kv_heads", None)
 
 _KERNELS: dict[str, Axes] = {
     "embed_tokens": ("vocab", "embed"),

@@ -48,7 +48,7 @@ from mor_jax.training.classification import (
     require_objective,
 )
 from mor_jax.training.config import ConfigError, TrainConfig
-from mor_jax.training.mesh import check_batch, make_mesh, row_ways
+from mor_jax.training.mesh import MeshError, check_batch, check_length, make_mesh, token_ways
 from mor_jax.training.metrics import TargetRow
 from mor_jax.training.optimizer import make_optimizer, optimizer_bytes, plan_decay_mask
 from mor_jax.training.sharding import check_heads, param_specs, shardings_of
@@ -177,6 +177,8 @@ def base_specs(shape: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
     """
     params = abstract_params(shape)
     if not isinstance(shape, DecoderConfig):
+        if mesh.shape["sequence"] > 1:
+            raise MeshError(f"sequence={mesh.shape['sequence']}: an encoder's rows are not split, use data or fsdp")
         return param_specs(params, mesh)
     check_heads(shape.num_heads, shape.num_kv_heads, mesh)
     return param_specs(params, mesh, axes=logical_axes(params))
@@ -186,7 +188,7 @@ def decoder_loss(
     config: TrainConfig, adapted: Adapted, plan: AdapterPlan, shape: DecoderConfig, mesh: jax.sharding.Mesh
 ) -> Loss:
     """The next-token loss of a run, its chunks counted on each device."""
-    chunk = config.loss_chunk * row_ways(mesh)
+    chunk = config.loss_chunk * token_ways(mesh)
     return language_model_loss(adapted, frozen_head(plan, shape), chunk, shape.logit_softcap)
 
 
@@ -199,6 +201,7 @@ def choose_mesh(config: TrainConfig) -> jax.sharding.Mesh:
     if config.mesh:
         mesh = make_mesh(config.mesh)
         check_batch(mesh, config.batch_size, config.accumulate)
+        check_length(mesh, config.sequence_length)
         return mesh
     rows, count = config.batch_size // config.accumulate, jax.device_count()
     used = max(n for n in range(1, count + 1) if rows % n == 0)

@@ -75,7 +75,9 @@ class TrainConfig:
     scan_layers: bool = True  # one compiled layer for all
     remat: Remat = "none"  # what the backward pass computes again
     loss_chunk: int = 1024  # tokens whose logits are alive at a time on each device
-    mesh: str = ""  # "data=2,fsdp=4"; empty puts every device on the data axis
+    mesh: str = (
+        ""  # sizes of data, fsdp, sequence and tensor, as in "data=2,fsdp=4"; empty puts every device on the data axis
+    )
     seed: int = 0
     save_every: int = 0  # steps between checkpoints; 0 saves only at the end
     keep_checkpoints: int = 3  # newest checkpoints that stay

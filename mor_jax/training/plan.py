@@ -23,7 +23,7 @@ from mor_jax.optim import plan_rules
 from mor_jax.training.build import base_specs, decoder_loss
 from mor_jax.training.config import TrainConfig
 from mor_jax.training.hlo import Traffic, count_flops, measure_traffic
-from mor_jax.training.mesh import MeshError, check_batch, make_mesh
+from mor_jax.training.mesh import MeshError, check_batch, check_length, make_mesh
 from mor_jax.training.optimizer import make_optimizer, plan_decay_mask
 from mor_jax.training.step import Step, abstract_state, make_step
 from mor_jax.training.topology import Chip, Topology
@@ -39,7 +39,7 @@ class Forecast:
 
     Attributes:
       topology: name of the slice.
-      mesh: "data=1,fsdp=16,tensor=1".
+      mesh: "data=1,fsdp=16,sequence=1,tensor=1".
       remat: what the backward pass recomputes.
       accumulate: micro-batches of a step.
       fits: whether the peak is within the capacity.
@@ -134,6 +134,7 @@ def forecast(config: TrainConfig, shape: DecoderConfig, topology: Topology) -> F
     """
     mesh = make_mesh(config.mesh or "fsdp=-1", topology.devices)
     check_batch(mesh, config.batch_size, config.accumulate)
+    check_length(mesh, config.sequence_length)
     shape = dataclasses.replace(shape, remat=config.remat)
     step, arguments, plan = plan_step(config, shape, mesh)
     state, params, batch = arguments
