@@ -48,7 +48,7 @@ from mor_jax.training.classification import (
     require_objective,
 )
 from mor_jax.training.config import ConfigError, TrainConfig
-from mor_jax.training.mesh import MeshError, check_batch, check_length, make_mesh, token_ways
+from mor_jax.training.mesh import MeshError, check_batch, check_length, make_mesh
 from mor_jax.training.metrics import TargetRow
 from mor_jax.training.optimizer import make_optimizer, optimizer_bytes, plan_decay_mask
 from mor_jax.training.sharding import check_heads, param_specs, shardings_of
@@ -148,7 +148,7 @@ def build_run(config: TrainConfig, optimizer: optax.GradientTransformation | Non
     if isinstance(shape, EncoderConfig):
         loss = classification_loss(adapted)
     else:
-        loss = decoder_loss(config, adapted, plan, shape, mesh)
+        loss = decoder_loss(config, adapted, plan, shape)
     return Run(config, adapted, params, mesh, specs, loss, optimizer, batches, eval_batches, tasks)
 
 
@@ -184,12 +184,9 @@ def base_specs(shape: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
     return param_specs(params, mesh, axes=logical_axes(params))
 
 
-def decoder_loss(
-    config: TrainConfig, adapted: Adapted, plan: AdapterPlan, shape: DecoderConfig, mesh: jax.sharding.Mesh
-) -> Loss:
-    """The next-token loss of a run, its chunks counted on each device."""
-    chunk = config.loss_chunk * token_ways(mesh)
-    return language_model_loss(adapted, frozen_head(plan, shape), chunk, shape.logit_softcap)
+def decoder_loss(config: TrainConfig, adapted: Adapted, plan: AdapterPlan, shape: DecoderConfig) -> Loss:
+    """The next-token loss of a run."""
+    return language_model_loss(adapted, frozen_head(plan, shape), config.loss_chunk, shape.logit_softcap)
 
 
 def choose_mesh(config: TrainConfig) -> jax.sharding.Mesh:

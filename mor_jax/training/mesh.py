@@ -87,11 +87,6 @@ def row_ways(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def token_ways(mesh: Mesh) -> int:
-    """How many parts the tokens of a batch are split into."""
-    return row_ways(mesh) * mesh.shape["sequence"]
-
-
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
     """Returns when the rows of each micro-batch divide evenly over the devices.
 

@@ -109,7 +109,7 @@ def plan_step(
     step = make_step(
         adapted,
         optimizer,
-        loss=decoder_loss(config, adapted, plan, shape, mesh),
+        loss=decoder_loss(config, adapted, plan, shape),
         accumulate=config.accumulate,
         num_tasks=1,
         constants=constants,

@@ -44,7 +44,7 @@ def _start(method):
 
 @functools.cache
 def _run(method, layout=None):
-    """(adapters after one step, loss, statistics; base) on one device, or on the mesh of a layout."""
+    """((adapters after one step, loss, statistics), base) on one device, or on the mesh of a layout."""
     adapted, optimizer, rules, state, constants = _start(method)
     params, shardings = tiny.params_of(CONFIG), None
     if layout is not None:
@@ -53,7 +53,7 @@ def _run(method, layout=None):
         _, _, shardings = abstract_state(adapted, params, optimizer, mesh, specs, rules)
         places = (shardings.state, shardings.params, shardings.constants)
         state, params, constants = jax.device_put((state, params, constants), places)
-    options = {"accumulate": 1, "num_tasks": 2, "constants": constants, "shardings": shardings, "rules": rules}
+    options = {"accumulate": 2, "num_tasks": 2, "constants": constants, "shardings": shardings, "rules": rules}
     step = make_step(adapted, optimizer, loss=tiny.decoder_loss(adapted, CONFIG), **options)
     batch = tiny.packed_batch()
     batch = batch if layout is None else put_batch(batch, mesh)
