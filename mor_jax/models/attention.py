@@ -19,7 +19,8 @@ import numpy as np
 from flax.linen.spmd import with_logical_constraint
 
 from mor_jax.models.config import DecoderConfig, RopeScaling
-from mor_jax.models.logical_axes import ALL_KEYS, KEY_HEADS, QUERY_HEADS
+from mor_jax.models.fused_attention import fused_attention, fusion_obstacle
+from mor_jax.models.logical_axes import ALL_KEYS, KEY_HEADS, QUERY_HEADS, split_ways
 
 
 class LayerKind(NamedTuple):
@@ -250,14 +251,20 @@ class Attention(nn.Module):
         if inputs.cache_index is not None:
             key, value = self._cached("key", key, inputs.cache_index), self._cached("value", value, inputs.cache_index)
         key, value = with_logical_constraint(key, ALL_KEYS), with_logical_constraint(value, ALL_KEYS)
+        out = self._attend(query, key, value, inputs, kind)
+        out = with_logical_constraint(out, QUERY_HEADS).reshape(*x.shape[:2], -1)
+        return dense(config.hidden_size, use_bias=config.o_bias, name="o_proj")(out)
+
+    def _attend(self, query: jax.Array, key: jax.Array, value: jax.Array, inputs: LayerInputs, kind: LayerKind):
+        """By the kernel of the configuration; short or odd rows, and all with a cache, by blocks of queries."""
+        config = self.config
+        if inputs.cache_index is None and not fusion_obstacle(config, query.shape[1], split_ways("length")):
+            return fused_attention(config, query, key, value, inputs.queries.segment_ids, kind.window)
 
         def attend_some(query: jax.Array, mask: jax.Array) -> jax.Array:
             return attend(query, key, value, mask, config.query_scalar, config.attention_softcap)
 
-        tokens = (inputs.queries, inputs.keys, kind.window)
-        out = attend_in_blocks(query, *tokens, config.attention_block, attend_some)
-        out = with_logical_constraint(out, QUERY_HEADS).reshape(*x.shape[:2], -1)
-        return dense(config.hidden_size, use_bias=config.o_bias, name="o_proj")(out)
+        return attend_in_blocks(query, inputs.queries, inputs.keys, kind.window, config.attention_block, attend_some)
 
     def _cached(self, name: str, new: jax.Array, index: jax.Array) -> jax.Array:
         """The cache (B, T, K, H) with `new` (B, S, K, H) written from slot `index` on."""

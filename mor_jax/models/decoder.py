@@ -21,6 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.spmd import with_logical_constraint
+from jax.ad_checkpoint import checkpoint_name
 
 from mor_jax.models.attention import (
     Attention,
@@ -33,7 +34,7 @@ from mor_jax.models.attention import (
     soft_cap,
 )
 from mor_jax.models.config import DecoderConfig
-from mor_jax.models.layers import ACTIVATION_FUNCTIONS, REMAT_POLICIES
+from mor_jax.models.layers import ACTIVATION_FUNCTIONS, LAYER_INPUT, REMAT_POLICIES
 from mor_jax.models.logical_axes import INNER, RESIDUAL
 
 _NO_WINDOW = jnp.iinfo(jnp.int32).max  # the window of an unlimited layer among limited ones
@@ -73,6 +74,7 @@ class DecoderLayer(nn.Module):
     ) -> tuple[tuple[jax.Array, Any], None]:
         """(x (B, S, D), extra) to ((x, extra), None): carry and output, as a scan wants them; extra is passed on."""
         config, (x, carry_extra) = self.config, carry
+        x = checkpoint_name(x, LAYER_INPUT)
         attended = RMSNorm(config, name="input_layernorm")(x)
         attended = Attention(config, name="self_attn")(attended, inputs, kind)
         if config.post_norms:

@@ -12,8 +12,10 @@ An axis without a name (None) is never split: norms, and the residual stream of 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import flax.linen as nn
 import jax
 
 Axes = tuple[str | None, ...]
@@ -35,6 +37,14 @@ _KERNELS: dict[str, Axes] = {
     "up_proj": ("embed", "mlp"),
     "down_proj": ("mlp", "embed"),
 }
+
+
+def split_ways(*names: str) -> int:
+    """How many parts these axes of an activation are split into where this is traced; 1 without rules or a mesh."""
+    rules = dict(nn.get_logical_axis_rules())
+    sizes = jax.sharding.get_abstract_mesh().shape
+    axes = [(own,) if isinstance(own := rules.get(name), str) else own or () for name in names]
+    return math.prod(sizes[axis] for part in axes for axis in part)
 
 
 def logical_axes(params: Any) -> Any:

@@ -40,6 +40,7 @@ from mor_jax.models import (
     make_model,
     read_config,
 )
+from mor_jax.training.backend import for_backend
 from mor_jax.training.classification import (
     HEAD,
     classification_loss,
@@ -126,7 +127,7 @@ def build_run(config: TrainConfig, optimizer: optax.GradientTransformation | Non
     if config.compile_cache:
         use_compile_cache(config.compile_cache)
     mesh = choose_mesh(config)
-    stored = base_config(config)
+    stored = for_backend(base_config(config), config, mesh)
     require_objective(config, stored)
     batches, eval_batches, tasks, labels = _data(config, stored)
     shape = classifier_config(stored, labels) if isinstance(stored, EncoderConfig) else stored

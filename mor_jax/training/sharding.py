@@ -102,13 +102,6 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh | None, rules: ShardingRule
     return traced
 
 
-def split_ways(*names: str) -> int:
-    """How many parts these logical axes of an activation are split into where this is traced; 1 outside `on_mesh`."""
-    axes = dict(nn.get_logical_axis_rules())
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes[axis] for name in names for axis in _axes_of(axes.get(name)))
-
-
 def param_specs(
     params: Any, mesh: Mesh, smallest: int = SMALLEST, axes: Any = None, rules: ShardingRules = RULES
 ) -> Any:

@@ -25,12 +25,12 @@ from jax.sharding import Mesh, PartitionSpec
 
 from mor_jax.adapters import AdapterInputs, Leaves
 from mor_jax.injection import Adapted, AdapterPlan, adapter_specs, init_leaves
-from mor_jax.models.logical_axes import RESIDUAL
+from mor_jax.models.logical_axes import RESIDUAL, split_ways
 from mor_jax.optim import Rules, mean_penalty
 from mor_jax.training.accumulation import count_partial_sums, sum_micro_batches
 from mor_jax.training.losses import chunked_cross_entropy, cross_entropy
 from mor_jax.training.mesh import batch_sharding, replicated
-from mor_jax.training.sharding import on_mesh, shardings_of, split_ways, spread
+from mor_jax.training.sharding import on_mesh, shardings_of, spread
 
 Params = Mapping[str, Any]
 Batch = Mapping[str, Array]

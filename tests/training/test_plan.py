@@ -139,7 +139,9 @@ def test_what_does_not_fit_says_what_to_change():
     )
     assert "4.0 GiB a device, 3.0 too many" in base
     assert "larger slice" in base
-    assert "--accumulate" in advice(_forecast(fits=False, remat="full", peak_bytes_per_device=0))
+    full = advice(_forecast(fits=False, remat="full", peak_bytes_per_device=0))
+    assert "--remat offload, a higher --accumulate" in full
+    assert "offload" not in advice(_forecast(fits=False, remat="full", peak_bytes_per_device=0, topology="cpu:8"))
 
 
 # Parameters of the checkpoints on the Hugging Face hub.
@@ -187,11 +189,16 @@ def test_the_environment_is_set_before_jax_reads_it(monkeypatch):
 
 @pytest.mark.tpu_compile
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the extra `tpu`")
-def test_a_tpu_slice_is_compiled_without_one(tmp_path):
+@pytest.mark.parametrize(
+    "layout",
+    [(), ("--mesh", "fsdp=4,sequence=4", "--sequence-length", "1024", "--remat", "offload")],
+    ids=["fsdp", "sequence and offload"],
+)
+def test_a_tpu_slice_is_compiled_without_one(tmp_path, layout):
     shape = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}
     fields = {"model_type": "llama", "vocab_size": 2048, "rms_norm_eps": 1e-5, "head_dim": 64, **shape}
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    words = ["plan", str(tmp_path), "--topology", "v5e:4x4", "--batch-size", "16", "--remat", "full", "--json"]
+    words = ["plan", str(tmp_path), "--topology", "v5e:4x4", "--batch-size", "16", "--remat", "full", *layout, "--json"]
     command = [sys.executable, "-m", "mor_jax.cli.main", *words]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     found = json.loads(output)
@@ -200,3 +207,4 @@ def test_a_tpu_slice_is_compiled_without_one(tmp_path):
     assert 0 < found["peak_bytes_per_device"] < found["capacity_bytes"] == 16 * 2**30
     assert found["estimated_seconds"] > 0
     assert found["collectives"]["all-gather"]["count"] >= 4
+    assert (found["host_bytes"] > 0) == ("offload" in layout)
