@@ -2,7 +2,8 @@
 
     python experiments/compare/multitask.py --model SMOLLM2_DIR --data DATA_DIR --output experiments/results/multitask
 
-Every method trains on the same rows; its learning rate is the one of `GRID` with the lowest validation loss (seed 0).
+Every method trains on the same rows; LoRA and MoR with the learning rate of `GRID` that has the lowest validation loss
+(seed 0), LoRA of the total rank with LoRA's, as alpha / rank is the same.
 Figures are of held-out rows: accuracy of the likeliest option where a task has options (also for the base, which then
 needs no knowledge of the format), exact match of greedy text where it has none. What is finished is kept in `--kept`,
 so the command can be stopped and repeated. LoRA, LoRA of the total rank and MoR have one scale alpha / rank = 2.
@@ -167,7 +168,8 @@ class Comparison:
         return self._cells.get(run.name, make)
 
     def best_rate(self, method: str) -> float:
-        """Of `GRID`, by validation loss with the first seed."""
+        """Of `GRID`, by validation loss with the first seed; LoRA of the total rank takes that of LoRA."""
+        method = "LoRA" if method == "LoRA of the total rank" else method
         return min(GRID, key=lambda rate: self.tuned(method, rate, SEEDS[0])["validation_loss"])
 
 
@@ -175,7 +177,7 @@ def table(found: Comparison, rates: Mapping[str, float]) -> tuple[list[str], dic
     """Markdown, and the same as data."""
     base = found.base()["accuracy"]
     runs = {m: [found.tuned(m, rate, seed) for seed in SEEDS] for m, rate in rates.items()}
-    grid = {m: {rate: found.tuned(m, rate, SEEDS[0])["validation_loss"] for rate in GRID} for m in METHODS}
+    grid = {m: {rate: found.tuned(m, rate, SEEDS[0])["validation_loss"] for rate in GRID} for m in ("LoRA", "MoR")}
     lines = [
         f"Accuracy on held-out rows in %, mean ± standard deviation over {len(SEEDS)} seeds; exact match for quartz.",
         "",
@@ -196,7 +198,7 @@ def table(found: Comparison, rates: Mapping[str, float]) -> tuple[list[str], dic
         "|---|---|---|---|",
     ]
     for method, rate in rates.items():
-        losses = ", ".join(f"{each:g}: {loss:.4f}" for each, loss in grid[method].items())
+        losses = ", ".join(f"{each:g}: {loss:.4f}" for each, loss in grid.get(method, {}).items())
         lines.append(f"| {method} | {runs[method][0]['trainable_parameters']:,} | {rate:g} | {losses} |")
     return lines, {"base": base, "runs": runs, "learning_rates": rates, "validation_losses": grid}
 

@@ -112,8 +112,9 @@ class PlanOptions(InspectOptions):
     batch_size: int = 8  # rows of one optimiser step, over all devices and micro-batches
     accumulate: int = 1  # micro-batches a step is computed in
     sequence_length: int = 512  # tokens in a row
-    mesh: str = ""  # "data=2,fsdp=4,tensor=2"; empty puts every device on fsdp
-    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again
+    mesh: str = ""  # "data=2,fsdp=4,sequence=2,tensor=2"; empty puts every device on fsdp
+    remat: Literal["none", "dots", "full", "offload"] = "none"  # what the backward pass computes again
+    attention_implementation: Literal["auto", "xla", "splash", "cudnn"] = "auto"  # auto: the slice's fused kernel
     dtype: Literal["float32", "bfloat16"] | None = None  # of the computation; bfloat16 on a TPU, float32 on the CPU
     param_dtype: Literal["float32", "bfloat16"] | None = None  # of the frozen base; empty is dtype
     optimizer: str = "adamw"  # any optimiser of optax by name

@@ -76,6 +76,7 @@ def readable(result: dict[str, Any]) -> dict[str, Any]:
         "peak a device": f"{_gib(result['peak_bytes_per_device'])} of {_gib(result['capacity_bytes'])}",
         "arguments": _gib(result["argument_bytes"]),
         "temporaries": _gib(result["temporary_bytes"]),
+        "in the host's memory": _gib(result["host_bytes"]),
         "operations of a step": f"{result['flops']:.4g}",
         "memory traffic a device": _gib(result["bytes"]),
         "step time (an estimate: the highest of three roofs)": seconds("estimated_seconds"),

@@ -19,7 +19,8 @@ import numpy as np
 from flax.linen.spmd import with_logical_constraint
 
 from mor_jax.models.config import DecoderConfig, RopeScaling
-from mor_jax.models.logical_axes import KEY_HEADS, QUERY_HEADS
+from mor_jax.models.fused_attention import fused_attention, fusion_obstacle
+from mor_jax.models.logical_axes import ALL_KEYS, KEY_HEADS, QUERY_HEADS, split_ways
 
 
 class LayerKind(NamedTuple):
@@ -29,13 +30,20 @@ class LayerKind(NamedTuple):
     rope: jax.Array | int | None  # index into `LayerInputs.cos`; None = all layers have one rope
 
 
+class Tokens(NamedTuple):
+    """What decides who sees whom, (B, S) int32 each."""
+
+    positions: jax.Array  # within the segment
+    segment_ids: jax.Array  # 0 = padding
+
+
 class LayerInputs(NamedTuple):
     """What every layer of one forward pass shares."""
 
     cos: jax.Array  # (K, B, S, head_dim / 2) float32, one table for each kind of rope
     sin: jax.Array  # (K, B, S, head_dim / 2) float32
-    mask: jax.Array  # (B, S, T) bool: query s sees key t, before any window
-    distance: jax.Array | None  # (B, S, T) int32, query less key position; None when no layer has a window
+    queries: Tokens  # (B, S)
+    keys: Tokens  # (B, T); T slots with a cache
     cache_index: jax.Array | None  # () int32, first cache slot to write; None without a cache
 
 
@@ -115,13 +123,12 @@ def default_positions(segment_ids: jax.Array) -> jax.Array:
     return jnp.where(segment_ids > 0, index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1), 0)
 
 
-def visible(
-    query_positions: jax.Array, query_segments: jax.Array, key_positions: jax.Array, key_segments: jax.Array
-) -> jax.Array:
-    """(B, S, T) bool: same non-zero segment, key not later than query. Arguments (B, S), (B, S), (B, T), (B, T)."""
-    same = query_segments[:, :, None] == key_segments[:, None, :]
-    causal = key_positions[:, None, :] <= query_positions[:, :, None]
-    return same & causal & (key_segments > 0)[:, None, :]
+def visible(queries: Tokens, keys: Tokens, window: jax.Array | int | None = None) -> jax.Array:
+    """(B, S, T) bool: same non-zero segment, key not later than query and, with a window, less than that away."""
+    same = queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :]
+    distance = queries.positions[:, :, None] - keys.positions[:, None, :]
+    near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    return same & near & (keys.segment_ids > 0)[:, None, :]
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
@@ -158,27 +165,41 @@ def attend(
 
 
 def attend_in_blocks(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, block: int, attend: Callable[..., jax.Array]
+    query: jax.Array,
+    queries: Tokens,
+    keys: Tokens,
+    window: jax.Array | int | None,
+    block: int,
+    attend: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-    """`attend` for `block` queries at a time, so that the scores of a long row are never all alive.
+    """`attend(query, mask)` for `block` queries at a time, so that no scores and no mask of a long row are all alive.
 
-    The backward pass computes each block's scores again. Arguments and result as those of `attend`; rows of less than
-    two blocks, or `block` 0, are attended at once.
+    The backward pass computes each block's scores again. Queries of a block are evenly spaced along the row: where a
+    mesh splits the row, each device has its share of every block.
+
+    Args:
+      query: (B, S, N, H).
+      queries: (B, S).
+      keys: (B, T).
+      window: of `visible`.
+      block: queries at a time; 0, or rows of less than two blocks, attends at once.
+      attend: of (B, S', N, H) and a mask (B, S', T).
     """
     length = query.shape[1]
     if not block or length < 2 * block:
-        return attend(query, key, value, mask)
-    pad = -length % block
+        return attend(query, visible(queries, keys, window))
+    count = -(-length // block)
+    pad = -length % count
 
     def split(array: jax.Array) -> jax.Array:
         padded = jnp.pad(array, ((0, 0), (0, pad)) + ((0, 0),) * (array.ndim - 2))
-        return jnp.swapaxes(padded.reshape(array.shape[0], -1, block, *array.shape[2:]), 0, 1)
+        return jnp.moveaxis(padded.reshape(array.shape[0], -1, count, *array.shape[2:]), 2, 0)
 
-    def one(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return attend(inputs[0], key, value, inputs[1])
+    def one(inputs: tuple[jax.Array, Tokens]) -> jax.Array:
+        return attend(inputs[0], visible(inputs[1], keys, window))
 
-    out = jax.lax.map(jax.checkpoint(one, prevent_cse=False), (split(query), split(mask)))
-    return jnp.swapaxes(out, 0, 1).reshape(query.shape[0], length + pad, *query.shape[2:])[:, :length]
+    out = jax.lax.map(jax.checkpoint(one, prevent_cse=False), (split(query), Tokens(*map(split, queries))))
+    return jnp.moveaxis(out, 0, 2).reshape(query.shape[0], length + pad, *query.shape[2:])[:, :length]
 
 
 class RMSNorm(nn.Module):
@@ -229,13 +250,21 @@ class Attention(nn.Module):
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if inputs.cache_index is not None:
             key, value = self._cached("key", key, inputs.cache_index), self._cached("value", value, inputs.cache_index)
-        mask = inputs.mask
-        if kind.window is not None and inputs.distance is not None:
-            mask = mask & (inputs.distance < kind.window)
-        scaled = partial(attend, scalar=config.query_scalar, softcap=config.attention_softcap)
-        out = attend_in_blocks(query, key, value, mask, config.attention_block, scaled)
+        key, value = with_logical_constraint(key, ALL_KEYS), with_logical_constraint(value, ALL_KEYS)
+        out = self._attend(query, key, value, inputs, kind)
         out = with_logical_constraint(out, QUERY_HEADS).reshape(*x.shape[:2], -1)
         return dense(config.hidden_size, use_bias=config.o_bias, name="o_proj")(out)
+
+    def _attend(self, query: jax.Array, key: jax.Array, value: jax.Array, inputs: LayerInputs, kind: LayerKind):
+        """By the kernel of the configuration; short or odd rows, and all with a cache, by blocks of queries."""
+        config = self.config
+        if inputs.cache_index is None and not fusion_obstacle(config, query.shape[1], split_ways("length")):
+            return fused_attention(config, query, key, value, inputs.queries.segment_ids, kind.window)
+
+        def attend_some(query: jax.Array, mask: jax.Array) -> jax.Array:
+            return attend(query, key, value, mask, config.query_scalar, config.attention_softcap)
+
+        return attend_in_blocks(query, inputs.queries, inputs.keys, kind.window, config.attention_block, attend_some)
 
     def _cached(self, name: str, new: jax.Array, index: jax.Array) -> jax.Array:
         """The cache (B, T, K, H) with `new` (B, S, K, H) written from slot `index` on."""

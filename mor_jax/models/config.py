@@ -96,7 +96,8 @@ class DecoderConfig:
     param_dtype: Any = "float32"
     scan_layers: bool = True  # one `nn.scan` (stacked leaves under "layers") or a loop ("layers_0", "layers_1", ...)
     attention_block: int = 512  # queries attended at a time in rows of two blocks or more; 0 = all at once
-    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes: nothing, all but dots, all
+    attention_implementation: Literal["xla", "splash", "cudnn"] = "xla"  # see `models.fused_attention`
+    remat: Literal["none", "dots", "full", "offload"] = "none"  # what the backward pass recomputes: see `models.layers`
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
@@ -121,8 +122,12 @@ class DecoderConfig:
             raise ValueError(
                 f"DecoderConfig.hidden_act must be one of {', '.join(ACTIVATIONS)}; got {self.hidden_act!r}"
             )
-        if self.remat not in ("none", "dots", "full"):
-            raise ValueError(f"DecoderConfig.remat must be none, dots or full; got {self.remat!r}")
+        choices = {"remat": ("none", "dots", "full", "offload"), "attention_implementation": ("xla", "splash", "cudnn")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"DecoderConfig.{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}"
+                )
         if self.attention_block < 0:
             raise ValueError(f"DecoderConfig.attention_block must be at least 0, got {self.attention_block}")
         if self.sliding_window is not None and self.sliding_window < 1:

@@ -21,19 +21,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.spmd import with_logical_constraint
+from jax.ad_checkpoint import checkpoint_name
 
 from mor_jax.models.attention import (
     Attention,
     LayerInputs,
     LayerKind,
     RMSNorm,
+    Tokens,
     default_positions,
     rotary_tables,
     soft_cap,
-    visible,
 )
 from mor_jax.models.config import DecoderConfig
-from mor_jax.models.layers import ACTIVATION_FUNCTIONS, REMAT_POLICIES
+from mor_jax.models.layers import ACTIVATION_FUNCTIONS, LAYER_INPUT, REMAT_POLICIES
 from mor_jax.models.logical_axes import INNER, RESIDUAL
 
 _NO_WINDOW = jnp.iinfo(jnp.int32).max  # the window of an unlimited layer among limited ones
@@ -73,6 +74,7 @@ class DecoderLayer(nn.Module):
     ) -> tuple[tuple[jax.Array, Any], None]:
         """(x (B, S, D), extra) to ((x, extra), None): carry and output, as a scan wants them; extra is passed on."""
         config, (x, carry_extra) = self.config, carry
+        x = checkpoint_name(x, LAYER_INPUT)
         attended = RMSNorm(config, name="input_layernorm")(x)
         attended = Attention(config, name="self_attn")(attended, inputs, kind)
         if config.post_norms:
@@ -153,11 +155,10 @@ class Decoder(nn.Module):
         if positions is None:
             positions = default_positions(segment_ids) + (0 if index is None else index)
         positions = jnp.asarray(positions, jnp.int32)
-        keys = self._cache_keys(index, positions, segment_ids) if decode else (positions, segment_ids)
+        queries = Tokens(positions, segment_ids)
+        keys = self._cache_keys(index, queries) if decode else queries
         cos, sin = rotary_tables(config, positions)
-        windowed = any(window is not None for window in config.windows)
-        distance = positions[:, :, None] - keys[0][:, None, :] if windowed else None
-        return LayerInputs(cos, sin, visible(positions, segment_ids, *keys), distance, index)
+        return LayerInputs(cos, sin, queries, keys, index)
 
     def _layers(self, carry: tuple[jax.Array, Any], inputs: LayerInputs) -> jax.Array:
         config = self.config
@@ -177,7 +178,8 @@ class Decoder(nn.Module):
         )
         windows = jnp.asarray([_NO_WINDOW if w is None else w for w in config.windows], jnp.int32)
         ropes = jnp.asarray(config.rope_kinds, jnp.int32)
-        kinds = LayerKind(None if inputs.distance is None else windows, ropes if len(config.ropes) > 1 else None)
+        windowed = any(window is not None for window in config.windows)
+        kinds = LayerKind(windows if windowed else None, ropes if len(config.ropes) > 1 else None)
         return scanned(config, name="layers")(carry, kinds, inputs)[0][0]
 
     def _logits(self, x: jax.Array, embed: nn.Embed) -> jax.Array:
@@ -202,15 +204,15 @@ class Decoder(nn.Module):
             )
         return self.get_variable("cache", "index")
 
-    def _cache_keys(self, index: Any, positions: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _cache_keys(self, index: Any, queries: Tokens) -> Tokens:
         """Positions and segments of all cache slots, (B, T) each, after this call's tokens are entered."""
         written = []
-        for name, new in (("positions", positions), ("segment_ids", segment_ids)):
+        for name, new in queries._asdict().items():
             slots = jax.lax.dynamic_update_slice_in_dim(self.get_variable("cache", name), new, index, axis=1)
             self.put_variable("cache", name, slots)
             written.append(slots)
-        self.put_variable("cache", "index", index + positions.shape[1])
-        return written[0], written[1]
+        self.put_variable("cache", "index", index + queries.positions.shape[1])
+        return Tokens(*written)
 
 
 def init_cache(config: DecoderConfig, batch_size: int, length: int) -> dict:

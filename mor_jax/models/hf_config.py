@@ -166,6 +166,7 @@ def same_model(first: ModelConfig, second: ModelConfig) -> bool:
         how: dict[str, Any] = {"dtype": "float32", "param_dtype": "float32", "scan_layers": True, "remat": "none"}
         if isinstance(config, DecoderConfig):
             how |= {"sliding_window": None, "sliding_layers": (), "attention_block": 0}
+            how |= {"attention_implementation": "xla"}
         return replace(config, **how)
 
     windows = [config.windows if isinstance(config, DecoderConfig) else () for config in (first, second)]

@@ -1,4 +1,8 @@
-"""What decoder and encoder share beside attention: activations and what the backward pass may keep."""
+"""What decoder and encoder share beside attention: activations and what the backward pass may keep.
+
+It keeps all (none), products with weights (dots), each layer's input (full), or that input in the host's memory
+(offload; decoders on a TPU or GPU). Whatever else it needs it computes again.
+"""
 
 from __future__ import annotations
 
@@ -13,4 +17,14 @@ ACTIVATION_FUNCTIONS = {
     "gelu_pytorch_tanh": partial(nn.gelu, approximate=True),
     "relu": nn.relu,
 }
-REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+LAYER_INPUT = "layer_input"  # the name under which a decoder's layer declares its input
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": None,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}

@@ -5,14 +5,17 @@
     heads, kv_heads, mlp    query heads, key-value heads, the inner width of the MLP
     layers                  the stacked layers of a scan
     batch, length           rows and their tokens, of activations only
+    key_length              tokens as keys and values, which queries anywhere in their row look at
 
 An axis without a name (None) is never split: norms, and the residual stream of activations.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import flax.linen as nn
 import jax
 
 Axes = tuple[str | None, ...]
@@ -21,6 +24,7 @@ RESIDUAL: Axes = ("batch", "length", None)
 INNER: Axes = ("batch", "length", "mlp")
 QUERY_HEADS: Axes = ("batch", "length", "heads", None)
 KEY_HEADS: Axes = ("batch", "length", "kv_heads", None)
+ALL_KEYS: Axes = ("batch", "key_length", "kv_heads", None)
 
 _KERNELS: dict[str, Axes] = {
     "embed_tokens": ("vocab", "embed"),
@@ -33,6 +37,14 @@ _KERNELS: dict[str, Axes] = {
     "up_proj": ("embed", "mlp"),
     "down_proj": ("mlp", "embed"),
 }
+
+
+def split_ways(*names: str) -> int:
+    """How many parts these axes of an activation are split into where this is traced; 1 without rules or a mesh."""
+    rules = dict(nn.get_logical_axis_rules())
+    sizes = jax.sharding.get_abstract_mesh().shape
+    axes = [(own,) if isinstance(own := rules.get(name), str) else own or () for name in names]
+    return math.prod(sizes[axis] for part in axes for axis in part)
 
 
 def logical_axes(params: Any) -> Any:

@@ -41,6 +41,7 @@ from mor_jax.models import (
     make_model,
     read_config,
 )
+from mor_jax.training.backend import for_backend
 from mor_jax.training.classification import (
     HEAD,
     classification_loss,
@@ -49,7 +50,7 @@ from mor_jax.training.classification import (
     require_objective,
 )
 from mor_jax.training.config import ConfigError, TrainConfig
-from mor_jax.training.mesh import MeshError, check_batch, held_rows, make_mesh, row_ways
+from mor_jax.training.mesh import MeshError, check_batch, check_length, held_rows, make_mesh
 from mor_jax.training.metrics import TargetRow
 from mor_jax.training.optimizer import make_optimizer, optimizer_bytes, plan_decay_mask
 from mor_jax.training.sharding import check_heads, param_specs, shardings_of
@@ -127,7 +128,7 @@ def build_run(config: TrainConfig, optimizer: optax.GradientTransformation | Non
     if config.compile_cache:
         use_compile_cache(config.compile_cache)
     mesh = choose_mesh(config)
-    stored = base_config(config)
+    stored = for_backend(base_config(config), config, mesh)
     require_objective(config, stored)
     batches, eval_batches, tasks, labels = _data(config, stored, mesh)
     shape = classifier_config(stored, labels) if isinstance(stored, EncoderConfig) else stored
@@ -149,7 +150,7 @@ def build_run(config: TrainConfig, optimizer: optax.GradientTransformation | Non
     if isinstance(shape, EncoderConfig):
         loss = classification_loss(adapted)
     else:
-        loss = decoder_loss(config, adapted, plan, shape, mesh)
+        loss = decoder_loss(config, adapted, plan, shape)
     return Run(config, adapted, params, mesh, specs, loss, optimizer, batches, eval_batches, tasks)
 
 
@@ -178,17 +179,16 @@ def base_specs(shape: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
     """
     params = abstract_params(shape)
     if not isinstance(shape, DecoderConfig):
+        if mesh.shape["sequence"] > 1:
+            raise MeshError(f"sequence={mesh.shape['sequence']}: an encoder's rows are not split, use data or fsdp")
         return param_specs(params, mesh)
     check_heads(shape.num_heads, shape.num_kv_heads, mesh)
     return param_specs(params, mesh, axes=logical_axes(params))
 
 
-def decoder_loss(
-    config: TrainConfig, adapted: Adapted, plan: AdapterPlan, shape: DecoderConfig, mesh: jax.sharding.Mesh
-) -> Loss:
-    """The next-token loss of a run, its chunks counted on each device."""
-    chunk = config.loss_chunk * row_ways(mesh)
-    return language_model_loss(adapted, frozen_head(plan, shape), chunk, shape.logit_softcap)
+def decoder_loss(config: TrainConfig, adapted: Adapted, plan: AdapterPlan, shape: DecoderConfig) -> Loss:
+    """The next-token loss of a run."""
+    return language_model_loss(adapted, frozen_head(plan, shape), config.loss_chunk, shape.logit_softcap)
 
 
 def choose_mesh(config: TrainConfig) -> jax.sharding.Mesh:
@@ -201,6 +201,7 @@ def choose_mesh(config: TrainConfig) -> jax.sharding.Mesh:
     if config.mesh:
         mesh = make_mesh(config.mesh)
         check_batch(mesh, config.batch_size, config.accumulate)
+        check_length(mesh, config.sequence_length)
         used = mesh.size
     else:
         used = max(n for n in range(1, count + 1) if rows % n == 0)

@@ -20,7 +20,8 @@ Option = bool | int | float | str
 Objective = Literal["causal", "classification"]
 Schedule = Literal["cosine", "linear", "constant"]
 Dtype = Literal["float32", "bfloat16"]
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "full", "offload"]
+Attention = Literal["auto", "xla", "splash", "cudnn"]
 Overlong = Literal["truncate", "drop", "error"]
 
 
@@ -74,8 +75,11 @@ class TrainConfig:
     param_dtype: Dtype | None = None  # of the frozen base in memory; None is `dtype`
     scan_layers: bool = True  # one compiled layer for all
     remat: Remat = "none"  # what the backward pass computes again
+    attention_implementation: Attention = "auto"  # the device's fused kernel; splash: TPU, cudnn: GPU, xla: anywhere
     loss_chunk: int = 1024  # tokens whose logits are alive at a time on each device
-    mesh: str = ""  # "data=2,fsdp=4"; empty puts every device on the data axis
+    mesh: str = (
+        ""  # sizes of data, fsdp, sequence and tensor, as in "data=2,fsdp=4"; empty puts every device on the data axis
+    )
     seed: int = 0
     save_every: int = 0  # steps between checkpoints; 0 saves only at the end
     keep_checkpoints: int = 3  # newest checkpoints that stay
@@ -116,6 +120,7 @@ class TrainConfig:
         choices = {"objective": Objective, "schedule": Schedule, "dtype": Dtype, "remat": Remat, "overlong": Overlong}
         for name, kind in choices.items():
             _check_choice(name, getattr(self, name), kind.__args__)
+        _check_choice("attention_implementation", self.attention_implementation, Attention.__args__)
         if self.param_dtype is not None:
             _check_choice("param_dtype", self.param_dtype, Dtype.__args__)
 
@@ -129,6 +134,8 @@ class TrainConfig:
         _check("targets", self.targets, len(self.targets) > 0, "name at least one module, or all-linear")
         good = not self.labels or (self.objective == "classification" and len(set(self.labels)) == len(self.labels) > 1)
         _check("labels", self.labels, good, "name at least two different classes, for objective=classification only")
+        good = self.remat != "offload" or self.objective == "causal"
+        _check("remat", self.remat, good, "choose full, dots or none for an encoder")
         if self.adapters:
             raise ConfigError(
                 f"adapters={self.adapters!r}: starting from trained adapters is not built yet: leave it out"

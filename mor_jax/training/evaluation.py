@@ -14,9 +14,10 @@ import jax
 import numpy as np
 
 from mor_jax.adapters import AdapterInputs
+from mor_jax.training.accumulation import batch_inputs
 from mor_jax.training.mesh import put_batch, replicated
 from mor_jax.training.sharding import on_mesh
-from mor_jax.training.step import Loss, StateShardings, TrainState, batch_inputs
+from mor_jax.training.step import Loss, StateShardings, TrainState
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ import optax
 
 from mor_jax.adapters import AdapterInputs, Leaves
 from mor_jax.optim import EventRule, Rules
-from mor_jax.training.step import Loss, StateShardings, TrainState, batch_inputs
+from mor_jax.training.accumulation import batch_inputs
+from mor_jax.training.step import Loss, StateShardings, TrainState
 
 
 @dataclass(frozen=True)

@@ -42,11 +42,21 @@ def _flops_of(jaxpr: Any) -> float:
             shape = equation.invars[0].aval.shape
             total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
             continue
-        repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        repeats = _repeats(equation)
         branches = [_flops_of(inner) for inner in _inner_jaxprs(equation.params)]
         if branches:
             total += max(branches) if equation.primitive.name == "cond" else repeats * sum(branches)
     return total
+
+
+def _repeats(equation: Any) -> int:
+    """How often what is inside of an equation runs on all devices: a scan's turns, a kernel's grid, a map's devices."""
+    name, params = equation.primitive.name, equation.params
+    if name == "scan":
+        return params["length"]
+    if name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid)
+    return params["mesh"].size if name == "shard_map" else 1
 
 
 def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:

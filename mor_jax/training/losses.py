@@ -83,16 +83,16 @@ def _token_losses(logits: Array, targets: Array) -> tuple[Array, Array]:
 def _scan_chunks(hidden, head, targets, mask, chunk, softcap, vocabulary_axis, with_gradient):
     """(loss sum, gradient of hidden (B, S, D) or None).
 
-    The scan runs along the sequence, so that rows stay on the devices that hold them.
+    Each chunk takes evenly spaced tokens of every row, so that tokens stay on the devices that hold them.
     """
     batch, length, width = hidden.shape
     piece = max(1, min(length, chunk // batch))
-    pad = -length % piece
-    pieces = (length + pad) // piece
+    pieces = -(-length // piece)
+    pad = -length % pieces
 
     def split(array):
         padded = jnp.pad(array, ((0, 0), (0, pad)) + ((0, 0),) * (array.ndim - 2))
-        return jnp.swapaxes(padded.reshape(batch, pieces, piece, *array.shape[2:]), 0, 1)
+        return jnp.moveaxis(padded.reshape(batch, -1, pieces, *array.shape[2:]), 2, 0)
 
     def body(total, inputs):
         hidden_piece, targets_piece, mask_piece = inputs
@@ -101,7 +101,7 @@ def _scan_chunks(hidden, head, targets, mask, chunk, softcap, vocabulary_axis, w
 
     total, gradient = jax.lax.scan(body, jnp.zeros((), jnp.float32), (split(hidden), split(targets), split(mask)))
     if gradient is not None:
-        gradient = jnp.swapaxes(gradient, 0, 1).reshape(batch, length + pad, width)[:, :length]
+        gradient = jnp.moveaxis(gradient, 0, 2).reshape(batch, length + pad, width)[:, :length]
     return total, gradient
 
 

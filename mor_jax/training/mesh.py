@@ -1,8 +1,9 @@
 """Device meshes and the rows of a batch on them; `sharding.py` says where parameters live.
 
-    data      rows of the batch; parameters are copied
-    fsdp      rows of the batch and one axis of every large parameter
-    tensor    heads, inner widths and the vocabulary; each of its devices sees the same rows
+    data        rows of the batch; parameters are copied
+    fsdp        rows of the batch and one axis of every large parameter
+    sequence    the tokens of each row, and the same axis of every large parameter of a decoder
+    tensor      heads, inner widths and the vocabulary; each of its devices sees the same tokens
 
 Axes are made with `AxisType.Auto`, so the compiler places collectives, and every jitted function is given explicit
 shardings for what goes in and comes out.
@@ -20,7 +21,7 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 BATCH_AXES = ("data", "fsdp")
-AXES = (*BATCH_AXES, "tensor")
+AXES = (*BATCH_AXES, "sequence", "tensor")  # the last has the closest neighbours
 
 
 class MeshError(ValueError):
@@ -30,7 +31,7 @@ class MeshError(ValueError):
 
 
 def make_mesh(description: str = "", devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with the axes `data`, `fsdp` and `tensor`.
+    """A mesh with the axes `data`, `fsdp`, `sequence` and `tensor`.
 
     Args:
       description: "data=2,fsdp=4"; an axis that is not named has size 1, one size may be -1 (all that is left), and an
@@ -78,8 +79,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of a (B, S) array of a batch: its rows over `data` and `fsdp`."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    """The sharding of a (B, S) array of a batch: rows over `data` and `fsdp`, their tokens over `sequence`."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, "sequence"))
 
 
 def row_ways(mesh: Mesh) -> int:
@@ -100,6 +101,17 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
         raise MeshError(f"batch_size={batch_size}: {split} and accumulate={accumulate} need a multiple of {unit}")
 
 
+def check_length(mesh: Mesh, sequence_length: int) -> None:
+    """Returns when the tokens of a row divide evenly over the `sequence` axis.
+
+    Raises:
+      MeshError: they do not; says which length would.
+    """
+    ways = mesh.shape["sequence"]
+    if sequence_length % ways:
+        raise MeshError(f"sequence_length={sequence_length}: sequence={ways} needs a multiple of {ways}")
+
+
 def held_rows(mesh: Mesh, batch_size: int, devices: Sequence[Any] | None = None) -> np.ndarray:
     """The rows of a batch that `devices` (None: those of this process) hold, ascending. (R,) int64.
 
@@ -112,7 +124,7 @@ def held_rows(mesh: Mesh, batch_size: int, devices: Sequence[Any] | None = None)
 
 
 def put_batch(batch: Mapping[str, Any], mesh: Mesh, batch_size: int | None = None) -> dict[str, Array]:
-    """The batch on the devices of `mesh`, rows dealt over `data` and `fsdp`.
+    """The batch on the devices of `mesh`, rows dealt over `data` and `fsdp`, their tokens over `sequence`.
 
     Args:
       batch: {name: (B, ...)} with all rows, or with those that this process holds, in the order of `held_rows`.

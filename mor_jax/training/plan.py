@@ -21,10 +21,11 @@ import optax
 from mor_jax.injection import Adapted, AdapterPlan, resolve_sites
 from mor_jax.models import Decoder, DecoderConfig, abstract_params
 from mor_jax.optim import Rules, plan_rules
+from mor_jax.training.backend import for_backend
 from mor_jax.training.build import base_specs, decoder_loss
 from mor_jax.training.config import TrainConfig
 from mor_jax.training.hlo import Traffic, count_flops, measure_traffic
-from mor_jax.training.mesh import MeshError, check_batch, make_mesh
+from mor_jax.training.mesh import MeshError, check_batch, check_length, make_mesh
 from mor_jax.training.optimizer import make_optimizer, plan_decay_mask
 from mor_jax.training.step import Loss, StateShardings, Step, TrainState, abstract_state, make_step
 from mor_jax.training.topology import Chip, Topology
@@ -40,7 +41,7 @@ class Forecast:
 
     Attributes:
       topology: name of the slice.
-      mesh: "data=1,fsdp=16,tensor=1".
+      mesh: "data=1,fsdp=16,sequence=1,tensor=1".
       remat: what the backward pass recomputes.
       accumulate: micro-batches of a step.
       fits: whether the peak is within the capacity.
@@ -48,6 +49,7 @@ class Forecast:
       capacity_bytes: of one device.
       argument_bytes: base, adapters, optimiser state and batch.
       temporary_bytes: everything alive only inside the step.
+      host_bytes: of those, what waits in the host's memory (`remat="offload"`).
       flops: matrix products of the whole step over all devices.
       bytes: memory traffic of one device.
       collectives: {kind: {"bytes": of one device, "count": ..., "largest": bytes of its largest output}}.
@@ -68,6 +70,7 @@ class Forecast:
     flops: float
     argument_bytes: int = 0
     temporary_bytes: int = 0
+    host_bytes: int = 0
     bytes: float = 0.0
     collectives: dict[str, dict[str, float]] = field(default_factory=dict)
     compute_seconds: float | None = None
@@ -152,7 +155,7 @@ def lay_out(config: TrainConfig, shape: DecoderConfig, mesh: jax.sharding.Mesh) 
     rules = plan_rules(plan, config.steps)
     optimizer = rules.wrap(make_optimizer(config, None, plan_decay_mask(plan)))
     state, constants, shardings = abstract_state(adapted, params, optimizer, mesh, specs, rules)
-    loss = decoder_loss(config, adapted, plan, shape, mesh)
+    loss = decoder_loss(config, adapted, plan, shape)
     return LaidOut(adapted, params, optimizer, rules, state, constants, shardings, loss)
 
 
@@ -189,8 +192,10 @@ def forecast(config: TrainConfig, shape: DecoderConfig, topology: Topology) -> F
     """
     mesh = make_mesh(config.mesh or "fsdp=-1", topology.devices)
     check_batch(mesh, config.batch_size, config.accumulate)
-    shape = dataclasses.replace(shape, remat=config.remat)
-    step, arguments, plan = plan_step(config, shape, mesh)
+    check_length(mesh, config.sequence_length)
+    chosen = for_backend(dataclasses.replace(shape, remat=config.remat), config, mesh)
+    assert isinstance(chosen, DecoderConfig)
+    step, arguments, plan = plan_step(config, chosen, mesh)
     state, params, batch = arguments
     traced = step.function.trace(state, params, step.constants, batch)
     common: dict[str, Any] = {
@@ -218,6 +223,7 @@ def forecast(config: TrainConfig, shape: DecoderConfig, topology: Topology) -> F
         peak_bytes_per_device=peak,
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
+        host_bytes=memory.host_temp_size_in_bytes,
         bytes=traffic.memory,
         collectives={
             kind: {"bytes": size, "count": traffic.counts[kind], "largest": traffic.largest[kind]}
@@ -340,5 +346,7 @@ def advice(found: Forecast) -> str:
         lacking = f"the step needs {found.peak_bytes_per_device / gib:.1f} GiB a device, {over / gib:.1f} too many"
         if found.argument_bytes > found.capacity_bytes:
             return f"{lacking}, and the base alone is too large: use a larger slice, or more fsdp or tensor in --mesh"
-    less = "--remat full" if found.remat != "full" else "a higher --accumulate or a shorter --sequence-length"
+    less = "--remat full" if found.remat in ("none", "dots") else "a higher --accumulate or a shorter --sequence-length"
+    if found.remat == "full" and not found.topology.startswith("cpu"):
+        less = f"--remat offload, {less}"
     return f"{lacking}: try {less}, more fsdp or tensor in --mesh, a smaller --batch-size, or a larger slice"

@@ -47,7 +47,7 @@ _CONTENT = {
     "data",
     "labels",
 }  # may have moved, or been found in the data: the fingerprint and the packing plan tell whether they are the same
-_ROUNDING = {"mesh", "remat", "loss_chunk"}  # the same mathematics in another order
+_ROUNDING = {"mesh", "remat", "loss_chunk", "attention_implementation"}  # the same mathematics in another order
 
 
 def check_output_dir(config: TrainConfig) -> None:

@@ -6,6 +6,10 @@
     other models    the longest axis of each large parameter over `fsdp`
 
 Without constraints on activations the compiler is free to gather those instead of the weights of one layer.
+
+Along `sequence` each device has a part of every row. All but attention is a matter of one token; there queries stay
+where they are and the keys and values of a row are gathered, 2 x kv_heads x head_dim numbers a token of one layer: with
+grouped queries far less than the residual stream, and no mask, window, soft cap or packing needs to know of it.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mor_jax.models.logical_axes import INNER, KEY_HEADS, QUERY_HEADS, RESIDUAL
+from mor_jax.models.logical_axes import ALL_KEYS, INNER, KEY_HEADS, QUERY_HEADS, RESIDUAL
 from mor_jax.training.mesh import MeshError
 
 SMALLEST = 2**14  # elements of a parameter; smaller ones stay whole on each device
@@ -33,13 +37,14 @@ class ShardingRules:
 
     Example:
       >>> ShardingRules().spec(("layers", "embed", "mlp"))
-      PartitionSpec(None, 'fsdp', 'tensor')
+      PartitionSpec(None, ('fsdp', 'sequence'), 'tensor')
     """
 
     batch: tuple[str, ...] = ("data", "fsdp")
-    length: tuple[str, ...] = ()
+    length: tuple[str, ...] = ("sequence",)
+    key_length: tuple[str, ...] = ()  # a query may look at any key of its row
     layers: tuple[str, ...] = ()  # a scan reads one layer at a time
-    embed: tuple[str, ...] = ("fsdp",)
+    embed: tuple[str, ...] = ("fsdp", "sequence")  # devices that share rows need not hold copies of the base
     heads: tuple[str, ...] = ("tensor",)
     kv_heads: tuple[str, ...] = ("tensor",)
     mlp: tuple[str, ...] = ("tensor",)
@@ -47,7 +52,7 @@ class ShardingRules:
 
     def __post_init__(self):
         """Activations too may not collide; flax would drop one of the two in silence."""
-        for names in (RESIDUAL, INNER, QUERY_HEADS, KEY_HEADS):
+        for names in (RESIDUAL, INNER, QUERY_HEADS, KEY_HEADS, ALL_KEYS):
             self.spec(names)
 
     def spec(self, names: Sequence[str | None]) -> PartitionSpec:

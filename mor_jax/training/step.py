@@ -1,7 +1,7 @@
 """The pure training step, used alike by the training loop and the benchmarks.
 
     prepare_leaves ──vjp──┐   once a step, outside the micro-batches
-    micro-batch 1..A ─────┤   lax.scan: sums of the loss, of its gradients and of the router statistics
+    micro-batch 1..A ─────┤   accumulation.py: sums of the loss, of its gradients and of the router statistics
     divide once by the token count of the whole batch, pull the sums back through prepare, clip, update
 
 Because the loss is a sum of token losses divided once, accumulation, padding and packing do not change it. The base is
@@ -11,9 +11,9 @@ the state as it was and is told in the metrics.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,10 +24,11 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
 from mor_jax.adapters import AdapterInputs, Leaves
-from mor_jax.injection import Adapted, AdapterPlan, adapter_specs, init_leaves, init_probes, prepare_leaves
+from mor_jax.injection import Adapted, AdapterPlan, adapter_specs, init_leaves
 from mor_jax.models import HeadKernel
-from mor_jax.models.logical_axes import RESIDUAL
+from mor_jax.models.logical_axes import RESIDUAL, split_ways
 from mor_jax.optim import Rules, mean_penalty
+from mor_jax.training.accumulation import count_partial_sums, sum_micro_batches
 from mor_jax.training.losses import chunked_cross_entropy, cross_entropy
 from mor_jax.training.mesh import batch_sharding, replicated
 from mor_jax.training.sharding import on_mesh, shardings_of, spread
@@ -82,7 +83,7 @@ def language_model_loss(
       adapted: around a decoder with arguments (input_ids, positions, segment_ids, output=).
       head: params -> the frozen head: the loss then runs over chunks of tokens. None takes whole logits, as a
         head that is itself trained or adapted needs.
-      chunk: tokens whose logits are alive at a time.
+      chunk: tokens whose logits are alive at a time on each device.
       softcap: of the logits, or None.
 
     Returns:
@@ -99,7 +100,7 @@ def language_model_loss(
         kernel, vocabulary_axis = head(variables["params"])
         axes = ("vocab", None) if vocabulary_axis == 0 else (None, "vocab")
         kernel = with_logical_constraint(jax.lax.stop_gradient(kernel), axes)  # gathered once, not in every chunk
-        told = (batch["targets"], batch["loss_mask"], chunk, softcap, vocabulary_axis)
+        told = (batch["targets"], batch["loss_mask"], chunk * split_ways("batch", "length"), softcap, vocabulary_axis)
         return chunked_cross_entropy(hidden, kernel, *told)
 
     return loss
@@ -273,13 +274,15 @@ def make_step(
     rules = _checked_rules(plan, rules)
     tx = optax.with_extra_args_support(optimizer)
     deterministic = not any(site.adapter.dropout for site in plan.sites)
+    mesh = None if shardings is None else shardings.batch.mesh
+    sums = partial(sum_micro_batches, plan, accumulate, count_partial_sums(plan, accumulate, mesh))
 
     def step(state: TrainState, params, constants, batch):
         leaves = Leaves(state.adapters, state.adapter_state, constants)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl="threefry2x32"), state.step)
         rank = _draw_rank(plan, key)
         base = AdapterInputs(deterministic=deterministic, num_tasks=num_tasks, rank=rank, noise_step=state.step)
-        total, tokens, gradient, statistics = _sums(plan, loss, leaves, params, batch, base, key, accumulate)
+        total, tokens, gradient, statistics = sums(loss, leaves, params, batch, base, key)
         scale = 1.0 / jnp.maximum(tokens, 1.0)
         mean, gradient = total * scale, jax.tree.map(lambda g: g * scale, gradient)
         penalty, gradient = _add_penalty(plan, leaves, gradient)
@@ -301,8 +304,9 @@ def make_step(
     if shardings is not None:
         options["in_shardings"] = (shardings.state, shardings.params, shardings.constants, shardings.batch)
         options["out_shardings"] = (shardings.state, shardings.metrics)
-    placed = on_mesh(step, None if shardings is None else shardings.batch.mesh)
-    return Step(jax.jit(placed, **options), {} if constants is None else constants, leaf_names(adapters or {}))
+    return Step(
+        jax.jit(on_mesh(step, mesh), **options), {} if constants is None else constants, leaf_names(adapters or {})
+    )
 
 
 def _plan(adapted: Adapted) -> AdapterPlan:
@@ -348,57 +352,3 @@ def _first_bad(loss: Array, gradient: Any, updates: Any) -> Array:
     flags = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((loss, gradient, updates))]
     good = jnp.stack(flags)
     return jnp.where(jnp.all(good), -1, jnp.argmin(good)).astype(jnp.int32)
-
-
-def _sums(plan, loss, leaves, params, batch, base, key, accumulate):
-    """(loss sum, token count, gradient of the loss sum for the adapters, statistics) over all micro-batches."""
-    frozen = {id(leaf) for leaf in jax.tree.leaves((leaves.state, leaves.constants))}
-    structure: list[Any] = []
-
-    def prepare(adapters):
-        prepared, treedef = jax.tree.flatten(prepare_leaves(plan, leaves._replace(params=adapters), params))
-        trained = [id(leaf) not in frozen and jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in prepared]
-        structure[:] = [treedef, trained]
-        own = [leaf for leaf, is_trained in zip(prepared, trained, strict=True) if is_trained]
-        return own, [leaf for leaf, is_trained in zip(prepared, trained, strict=True) if not is_trained]
-
-    own, pullback, others = jax.vjp(prepare, leaves.params, has_aux=True)
-    treedef, trained = structure
-
-    def micro_loss(own, probes, batch, key):
-        first, second = iter(own), iter(others)
-        whole = treedef.unflatten([next(first if is_trained else second) for is_trained in trained])
-        collections = {"adapters": whole.params, "adapter_state": whole.state, "adapter_constants": whole.constants}
-        return loss({"params": params, **collections, "adapter_probes": probes}, batch, batch_inputs(base, batch, key))
-
-    probes = init_probes(plan, base.num_tasks)
-
-    def micro_step(sums, inputs):
-        number, rows = inputs
-        key_of_rows = jax.random.fold_in(key, number)
-        (total, tokens), gradients = jax.value_and_grad(micro_loss, argnums=(0, 1), has_aux=True)(
-            own, probes, rows, key_of_rows
-        )
-        return jax.tree.map(jnp.add, sums, (total, tokens, *gradients)), None
-
-    zero = jnp.zeros((), jnp.float32)
-    sums = (zero, zero, jax.tree.map(jnp.zeros_like, own), probes)
-    if accumulate == 1:
-        sums, _ = micro_step(sums, (jnp.zeros((), jnp.int32), dict(batch)))
-    else:
-        rows = {name: _split_rows(value, accumulate) for name, value in batch.items()}
-        sums, _ = jax.lax.scan(micro_step, sums, (jnp.arange(accumulate), rows))
-    total, tokens, gradient, statistics = sums
-    return total, tokens, pullback(gradient)[0], statistics
-
-
-def _split_rows(value: Array, accumulate: int) -> Array:
-    """(B, ...) -> (A, B / A, ...): every device deals its own rows over the micro-batches."""
-    return jnp.swapaxes(value.reshape(value.shape[0] // accumulate, accumulate, *value.shape[1:]), 0, 1)
-
-
-def batch_inputs(base: AdapterInputs, batch: Batch, key: Array | None) -> AdapterInputs:
-    """What adapters know of a micro-batch; balance losses weigh as many tokens as it has."""
-    known = {name: batch.get(name) for name in ("segment_ids", "prompt_mask", "task_ids", "positions")}
-    tokens = jnp.sum(batch["loss_mask"].astype(jnp.float32))
-    return dataclasses.replace(base, **known, key=key, auxiliary_scale=tokens)

@@ -7,7 +7,7 @@ import tiny_llama as tiny
 
 from mor_jax.cli.main import main
 
-WORDS = ("--topology", "cpu:8", "--mesh", "fsdp=4,tensor=2", "--batch-size", "4", "--sequence-length", "16")
+WORDS = ("--topology", "cpu:8", "--mesh", "fsdp=2,sequence=2,tensor=2", "--batch-size", "4", "--sequence-length", "16")
 SMALL = ("--targets", "up_proj", "--rank", "2", "--remat", "full", "--method", "lora")
 
 
@@ -34,7 +34,7 @@ def test_a_plan_from_a_lone_config_is_one_json_object_and_a_table(lone_config, c
     assert wanted <= set(found)
     assert found["fits"] is True
     assert found["trainable_parameters"] == 2 * 2 * (32 + 48)
-    assert found["mesh"] == "data=1,fsdp=4,tensor=2"
+    assert found["mesh"] == "data=1,fsdp=2,sequence=2,tensor=2"
     assert found["estimated_seconds"] is None  # nobody knows this machine's peak
     assert 0 < found["peak_bytes_per_device"] < found["capacity_bytes"]
     assert found["advice"] == ""
@@ -55,6 +55,10 @@ def test_a_plan_from_a_lone_config_is_one_json_object_and_a_table(lone_config, c
         (["Llama-3.1-8B", "--topology", "v9:4x4"], "topology 'v9:4x4'"),
         (["Llama-3.1-8B", "--topology", "cpu:8", "--batch-size", "3"], "batch_size=3"),
         (["Llama-3.1-8B", "--topology", "cpu:8", "--mesh", "tensor=16"], "asks for 16 devices"),
+        (
+            ["Llama-3.1-8B", "--topology", "cpu:8", "--mesh", "data=2,sequence=4", "--sequence-length", "18"],
+            "multiple of 4",
+        ),
         (["Llama-3.1-8B", "--method", "loro"], "method='loro'"),
     ],
 )

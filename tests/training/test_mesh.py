@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from mor_jax.training.mesh import MeshError, check_batch, held_rows, make_mesh, put_batch
+from mor_jax.training.mesh import MeshError, check_batch, check_length, held_rows, make_mesh, put_batch
 from mor_jax.training.sharding import param_specs
 
 
@@ -26,7 +26,7 @@ def test_descriptions_become_meshes(description, sizes):
 
 
 @pytest.mark.parametrize(
-    "description", ["data=9", "data=0", "data=-2", "data=-1,fsdp=-1", "sequence=2", "data=2,data=2", "data", "data=two"]
+    "description", ["data=9", "data=0", "data=-2", "data=-1,fsdp=-1", "pipeline=2", "data=2,data=2", "data", "data=two"]
 )
 def test_impossible_descriptions_are_named(description):
     with pytest.raises(MeshError, match="mesh=") as caught:
@@ -68,10 +68,11 @@ def test_a_batch_that_does_not_divide_says_what_would(batch_size, accumulate):
     check_batch(make_mesh(), 16, 2)
 
 
-def test_rows_are_dealt_over_all_devices():
+@pytest.mark.parametrize(("layout", "shard"), [("data=2,fsdp=4", (2, 2)), ("data=4,sequence=2", (4, 1))])
+def test_rows_and_their_tokens_are_dealt_over_all_devices(layout, shard):
     rows = np.arange(32, dtype=np.int32).reshape(16, 2)
-    placed = put_batch({"x": rows}, make_mesh("data=2,fsdp=4"))["x"]
-    assert [shard.data.shape for shard in placed.addressable_shards] == [(2, 2)] * 8
+    placed = put_batch({"x": rows}, make_mesh(layout))["x"]
+    assert [piece.data.shape for piece in placed.addressable_shards] == [shard] * 8
     np.testing.assert_array_equal(placed, rows)
 
 
@@ -87,3 +88,9 @@ def test_hosts_hold_the_rows_of_their_devices_and_all_rows_together(description,
         assert rows.tolist() == sorted(set(np.concatenate(found).tolist()))
     assert sorted(set(np.concatenate(held).tolist())) == list(range(16))
     np.testing.assert_array_equal(held_rows(mesh, 16), np.arange(16))
+
+
+def test_a_row_that_does_not_divide_says_what_would():
+    with pytest.raises(MeshError, match=r"sequence_length=18: sequence=4 needs a multiple of 4"):
+        check_length(make_mesh("data=2,sequence=4"), 18)
+    check_length(make_mesh("data=2,sequence=4"), 20)

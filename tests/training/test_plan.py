@@ -81,8 +81,13 @@ def test_the_planned_memory_is_that_of_the_step_that_ran(run, trained):
     used = step.lower(state, run.params, batch).compile().memory_analysis()
     peak = used.argument_size_in_bytes + used.temp_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
     first = jax.devices()[0]
-    leaves = jax.tree.leaves((state, run.params, batch, step.constants))
-    held = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards if shard.device == first)
+
+    def held_bytes(tree):
+        shards = [shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
+        return sum(shard.data.nbytes for shard in shards if shard.device == first)
+
+    held = held_bytes((state, run.params, batch, step.constants))
+    assert used.alias_size_in_bytes == pytest.approx(held_bytes(state), rel=0.02)  # the whole state is donated
     assert found.argument_bytes == pytest.approx(held, rel=0.02)
     assert found.peak_bytes_per_device == pytest.approx(peak, rel=0.1)
     assert found.fits
@@ -189,7 +194,9 @@ def test_what_does_not_fit_says_what_to_change():
     )
     assert "4.0 GiB a device, 3.0 too many" in base
     assert "larger slice" in base
-    assert "--accumulate" in advice(_forecast(fits=False, remat="full", peak_bytes_per_device=0))
+    full = advice(_forecast(fits=False, remat="full", peak_bytes_per_device=0))
+    assert "--remat offload, a higher --accumulate" in full
+    assert "offload" not in advice(_forecast(fits=False, remat="full", peak_bytes_per_device=0, topology="cpu:8"))
 
 
 def test_a_step_that_the_compiler_refuses_comes_back_with_what_it_needs(run, monkeypatch):
@@ -273,13 +280,19 @@ needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, 
 
 @pytest.mark.tpu_compile
 @needs_compiler
-def test_a_tpu_slice_is_compiled_without_one(tmp_path):
-    found = _tpu_plan(tmp_path, 4, "--topology", "v5e:4x4", "--batch-size", "16", "--remat", "full")
+@pytest.mark.parametrize(
+    "layout",
+    [(), ("--mesh", "fsdp=4,sequence=4", "--sequence-length", "1024", "--remat", "offload")],
+    ids=["fsdp", "sequence and offload"],
+)
+def test_a_tpu_slice_is_compiled_without_one(tmp_path, layout):
+    found = _tpu_plan(tmp_path, 4, "--topology", "v5e:4x4", "--batch-size", "16", "--remat", "full", *layout)
     assert found["fits"]
     assert found["gathered_stacks"] == []
     assert 0 < found["peak_bytes_per_device"] < found["capacity_bytes"] == 16 * 2**30
     assert found["estimated_seconds"] > 0
     assert found["collectives"]["all-gather"]["count"] >= 4
+    assert (found["host_bytes"] > 0) == ("offload" in layout)
     assert found["merge"]["fits"]
     assert 0 < found["merge"]["peak_bytes_per_device"] < found["capacity_bytes"]
 

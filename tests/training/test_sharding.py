@@ -1,8 +1,10 @@
 import dataclasses
 import functools
+import math
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -11,34 +13,66 @@ from jax.sharding import PartitionSpec
 
 from mor_jax.models import DecoderConfig, abstract_params, logical_axes
 from mor_jax.models.hf_config import FAMILIES
+from mor_jax.optim import plan_rules
 from mor_jax.training.build import base_specs
-from mor_jax.training.mesh import MeshError, make_mesh
+from mor_jax.training.hlo import measure_traffic
+from mor_jax.training.mesh import MeshError, make_mesh, put_batch
 from mor_jax.training.sharding import ShardingRules, param_specs, spread
+from mor_jax.training.step import abstract_state, init_state, make_step
 
-# Sizes that divide by two axes of two; heads enough for tensor=2.
+# Sizes that divide by two axes of two; heads enough for tensor=2; attention by blocks, with a window and a soft cap.
 CONFIG = dataclasses.replace(tiny.CONFIG, vocab_size=40, num_heads=4, num_kv_heads=2, head_dim=8, num_layers=1)
-METHODS = {"mor at sites": ("mor", {}), "mor at blocks": ("mor", {"scope": "block"}), "dora": ("dora", {})}
+CONFIG = dataclasses.replace(CONFIG, attention_block=4, sliding_window=6, attention_softcap=3.0)
+METHODS = {
+    "mor at sites": ("mor", {}),
+    "mor at blocks": ("mor", {"scope": "block"}),
+    "dora": ("dora", {}),
+    "a rule": ("prilora", {}),  # its state takes in the norms of every token's features
+}
+
+
+@functools.cache
+def _start(method):
+    """(model, optimiser, rules, state, constants) on one device, the state off its zeros."""
+    name, options = METHODS[method]
+    adapted = tiny.adapted_decoder(name, CONFIG, rank=2, **options)
+    rules = plan_rules(adapted.plan, total_steps=10)
+    optimizer = rules.wrap(optax.sgd(1.0))  # the new adapters show the gradient
+    state, constants, _ = init_state(jax.random.key(0), adapted, tiny.params_of(CONFIG), optimizer, rules=rules)
+    return adapted, optimizer, rules, tiny.nudge(state), constants
 
 
 @functools.cache
 def _run(method, layout=None):
-    """(state after one step, metrics) of a step whose gradient shows in the new adapters."""
-    name, options = METHODS[method]
-    adapted = tiny.adapted_decoder(name, CONFIG, rank=2, **options)
-    mesh = None if layout is None else make_mesh(layout)
-    params = tiny.params_of(CONFIG)
-    specs = None if mesh is None else param_specs(params, mesh, smallest=1, axes=logical_axes(params))
-    step, state, params = tiny.setup(adapted, optax.sgd(1.0), mesh=mesh, specs=specs, config=CONFIG)
-    state, metrics = step(tiny.nudge(state), params, tiny.random_batch())
-    return jax.device_get((state.adapters, metrics["loss"], metrics["statistics"])), params
+    """((adapters after one step, loss, statistics), base) on one device, or on the mesh of a layout."""
+    adapted, optimizer, rules, state, constants = _start(method)
+    params, shardings = tiny.params_of(CONFIG), None
+    if layout is not None:
+        mesh = make_mesh(layout)
+        specs = param_specs(params, mesh, smallest=1, axes=logical_axes(params))
+        _, _, shardings = abstract_state(adapted, params, optimizer, mesh, specs, rules)
+        places = (shardings.state, shardings.params, shardings.constants)
+        state, params, constants = jax.device_put((state, params, constants), places)
+    options = {"accumulate": 2, "num_tasks": 2, "constants": constants, "shardings": shardings, "rules": rules}
+    step = make_step(adapted, optimizer, loss=tiny.decoder_loss(adapted, CONFIG), **options)
+    batch = tiny.packed_batch()
+    batch = batch if layout is None else put_batch(batch, mesh)
+    state = jax.tree.map(jnp.copy, state)  # it is donated
+    quick = {"xla_backend_optimization_level": 0}  # most of this file's time is compiling
+    state, metrics = step.lower(state, params, batch).compile(quick)(state, params, constants, batch)
+    statistics = (metrics["statistics"], state.rule_state)
+    return jax.device_get((state.adapters, metrics["loss"], statistics)), params
 
 
-MIXED = "data=2,fsdp=2,tensor=2"
-PAIRS = ("data=4,tensor=2", "fsdp=4,tensor=2")  # data with fsdp is in test_step.py
+TRIPLES = ("data=2,fsdp=2,tensor=2", "data=2,fsdp=2,sequence=2", "data=2,sequence=2,tensor=2")
+TRIPLES = (*TRIPLES, "fsdp=2,sequence=2,tensor=2")
+PAIRS = ("data=4,tensor=2", "fsdp=4,tensor=2", "data=2,sequence=4", "fsdp=2,sequence=4", "sequence=4,tensor=2")
+ALONE = ("sequence=8", "tensor=2")  # data, fsdp and the two together are in test_step.py
+OTHERS = [(layout, method) for layout in TRIPLES[::3] for method in METHODS if method != "mor at sites"]
 
 
 @pytest.mark.parametrize(
-    ("layout", "method"), [(MIXED, method) for method in METHODS] + [(pair, "mor at sites") for pair in PAIRS]
+    ("layout", "method"), [(layout, "mor at sites") for layout in (*TRIPLES, *PAIRS, *ALONE)] + OTHERS
 )
 def test_each_combination_of_axes_equals_one_device(layout, method):
     (one, loss, statistics), _ = _run(method)
@@ -48,7 +82,7 @@ def test_each_combination_of_axes_equals_one_device(layout, method):
     tiny.close(statistics, many_statistics, 1e-3)  # sums over about a hundred tokens
     mesh = make_mesh(layout)
     kernel = params["layers"]["mlp"]["up_proj"]["kernel"]
-    assert kernel.size // kernel.addressable_shards[0].data.size == mesh.shape["fsdp"] * mesh.shape["tensor"]
+    assert kernel.size // kernel.addressable_shards[0].data.size == mesh.size // mesh.shape["data"]
 
 
 def test_each_axis_is_split_as_the_table_says():
@@ -64,6 +98,8 @@ def test_each_axis_is_split_as_the_table_says():
     assert specs["norm"]["scale"] == PartitionSpec()
     only = base_specs(config, make_mesh("fsdp=8"))["layers"]["mlp"]["down_proj"]["kernel"]
     assert only == PartitionSpec(None, None, "fsdp")
+    both = base_specs(config, make_mesh("fsdp=2,sequence=4"))["layers"]["mlp"]["down_proj"]["kernel"]
+    assert both == PartitionSpec(None, None, ("fsdp", "sequence"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -100,14 +136,34 @@ def test_a_large_factor_without_fsdp_is_spread_and_a_small_one_is_left():
     assert spread(PartitionSpec(), jax.ShapeDtypeStruct((4, 8, 16), np.float32), mesh) == PartitionSpec()
 
 
-def test_weights_are_gathered_and_activations_stay():
-    """With rows and weights over fsdp the compiler may move either; the constraints say which."""
-    config = dataclasses.replace(CONFIG, num_layers=2, hidden_size=64)
+@pytest.mark.parametrize("layout", ["fsdp=8", "fsdp=2,sequence=4"])
+def test_weights_are_gathered_and_activations_stay(layout):
+    """With tokens and weights over the same devices the compiler may move either; the constraints say which."""
+    config = dataclasses.replace(CONFIG, num_layers=2, hidden_size=64, sliding_window=None)
     adapted = tiny.adapted_decoder("lora", config, rank=2)
-    mesh, params = make_mesh("fsdp=8"), tiny.params_of(config)
+    mesh, params = make_mesh(layout), tiny.params_of(config)
     specs = param_specs(params, mesh, smallest=1, axes=logical_axes(params))
     step, state, params = tiny.setup(adapted, optax.sgd(1.0), mesh=mesh, specs=specs, config=config)
-    text = step.lower(state, params, tiny.random_batch()).compile().as_text()
+    text = step.lower(state, params, tiny.packed_batch()).compile().as_text()
     gathered = re.findall(r"= f32\[([\d,]*)\]\S* all-gather\(", text)
     assert gathered
-    assert not [shape for shape in gathered if shape.startswith(("8,12,", "2,64,", "2,32,"))]  # (B, S, ..), stacks
+    rows = 8 // mesh.shape["fsdp"]
+    keys = f"{rows},16,2,8"  # of all tokens of a device's rows: the only activations that travel
+    assert (keys in gathered) == (mesh.shape["sequence"] > 1)
+    activations = [shape for shape in gathered if shape != keys and len(shape.split(",")) > 2]
+    assert not [shape for shape in activations if shape.startswith((f"{rows},16,", "8,16,", "2,64,", "2,32,"))], (
+        gathered
+    )
+
+
+def test_a_row_of_many_blocks_never_leaves_its_devices():
+    """Blocks of queries and chunks of the loss are spread over the row, so that a loop over them gathers nothing."""
+    config = dataclasses.replace(CONFIG, sliding_window=None)
+    adapted = tiny.adapted_decoder("lora", config, rank=2)
+    mesh, params = make_mesh("sequence=8"), tiny.params_of(config)
+    specs = param_specs(params, mesh, smallest=10**9, axes=logical_axes(params))
+    step, state, params = tiny.setup(adapted, optax.sgd(1.0), mesh=mesh, specs=specs, config=config)
+    batch = tiny.packed_batch(rows=1, length=64)
+    traffic = measure_traffic(step.lower(state, params, batch).compile().as_text())
+    largest = max(math.prod(shape) for shape in traffic.gathered)
+    assert largest == 64 * 2 * 8  # the keys of the row

@@ -10,6 +10,7 @@ import optax
 from mor_jax.adapters.registry import make_adapter
 from mor_jax.injection import Adapted, resolve_sites
 from mor_jax.models import Decoder, DecoderConfig, head_kernel
+from mor_jax.optim import plan_rules
 from mor_jax.training.losses import cross_entropy
 from mor_jax.training.step import init_state, language_model_loss, make_step
 
@@ -46,12 +47,14 @@ def setup(adapted=None, optimizer=None, *, accumulate=1, num_tasks=2, mesh=None,
     """(step, state, params)."""
     adapted = adapted or adapted_decoder(rank=2, num_experts=3)
     optimizer = optimizer or optax.adam(1e-2)
+    rules = plan_rules(adapted.plan, total_steps=10)
+    optimizer = rules.wrap(optimizer)
     params = params_of(config)
     if mesh is not None:
         from mor_jax.training.sharding import put_params
 
         params = put_params(params, specs, mesh)
-    state, constants, shardings = init_state(jax.random.key(0), adapted, params, optimizer, mesh, specs)
+    state, constants, shardings = init_state(jax.random.key(0), adapted, params, optimizer, mesh, specs, rules)
     step = make_step(
         adapted,
         optimizer,
@@ -61,6 +64,7 @@ def setup(adapted=None, optimizer=None, *, accumulate=1, num_tasks=2, mesh=None,
         constants=constants,
         shardings=shardings,
         adapters=state.adapters,
+        rules=rules,
     )
     return step, state, params
 
@@ -99,6 +103,18 @@ def fill(batch, row, start, tokens, segment, task=0, prompt=1):
     batch["positions"][row, here] = np.arange(size)
     batch["task_ids"][row, here] = task
     batch["prompt_mask"][row, start : start + prompt] = 1
+
+
+def packed_batch(rows=8, length=16, seed=0, vocab=37):
+    """Two examples a row, their border never at the middle, the second up to the row's end or nearly so."""
+    rng = np.random.default_rng(seed)
+    batch = {name: np.zeros((rows, length), np.int32) for name in FIELDS}
+    for row in range(rows):
+        first = int(rng.integers(3, length // 2))
+        second = length - first - row % 2
+        fill(batch, row, 0, rng.integers(1, vocab, first), segment=1, task=row % 2, prompt=first // 2)
+        fill(batch, row, first, rng.integers(1, vocab, second), segment=2, task=1 - row % 2, prompt=second // 3)
+    return batch
 
 
 def naive_loss(adapted, params, adapters, batch):

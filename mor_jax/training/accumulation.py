@@ -1,0 +1,151 @@
+"""Sums over the micro-batches of a step: loss, tokens, gradients of the adapters, statistics.
+
+On a mesh the gradient of a micro-batch is a sum over devices. Along `data` that sum waits until all micro-batches are
+done: each of its parts adds up its own rows' gradients (a leading axis of the accumulators, split over `data`), and one
+reduction a step brings them together. Every part holds the whole gradient anyway, so it costs no memory.
+
+Along `fsdp` and `sequence` each micro-batch is reduced as it comes. There the factors are split, and so is their
+gradient: partial sums would be whole on every device, and a mesh that gathers the base for every micro-batch sends far
+more for that than for the gradients of its adapters.
+
+A loss that is more than a sum over rows can't be taken apart: balance losses are products of means over a micro-batch,
+and one draw of dropout covers it. Methods with either are reduced after each micro-batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh, PartitionSpec
+
+from mor_jax.adapters import AdapterInputs, Leaves
+from mor_jax.injection import AdapterPlan, init_probes, prepare_leaves
+
+Batch = Mapping[str, Array]
+PARTS = "data"  # the mesh axis whose devices keep sums of their own
+
+
+def count_partial_sums(plan: AdapterPlan, accumulate: int, mesh: Mesh | None) -> int:
+    """How many parts of the rows have gradient sums of their own over the micro-batches; 1 where all share one."""
+    if mesh is None or accumulate == 1 or any(site.adapter.dropout or _balanced(site.adapter) for site in plan.sites):
+        return 1
+    return mesh.shape.get(PARTS, 1)
+
+
+def _balanced(adapter: Any) -> bool:
+    gates = jax.ShapeDtypeStruct((1, adapter.num_gates), jnp.float32)
+    return bool(adapter.num_gates) and jax.eval_shape(lambda gates: adapter.balance(gates, None), gates) is not None
+
+
+def sum_micro_batches(
+    plan: AdapterPlan,
+    accumulate: int,
+    parts: int,
+    loss: Callable[..., tuple[Array, Array]],
+    leaves: Leaves,
+    params: Any,
+    batch: Batch,
+    base: AdapterInputs,
+    key: Array,
+) -> tuple[Array, Array, Any, Any]:
+    """(loss sum, token count, gradient of the loss sum for the adapters, statistics) over all micro-batches.
+
+    Args:
+      plan: where the adapters sit.
+      accumulate: micro-batches; row i goes to micro-batch i mod `accumulate`.
+      parts: of `count_partial_sums`.
+      loss: (variables, batch, adapter_inputs) -> (loss sum, token count).
+      leaves: of the adapters; the gradient is that of their params.
+      params: the frozen base.
+      batch: {name: (B, ...)}.
+      base: what adapters know beside the batch.
+      key: of the step.
+    """
+    own, pullback, micro_loss = _prepared(plan, loss, leaves, params, base)
+    probes = init_probes(plan, base.num_tasks)
+    gradients_of = jax.value_and_grad(micro_loss, argnums=(0, 1), has_aux=True)
+    zero = jnp.zeros((), jnp.float32)
+    sums = (zero, zero, jax.tree.map(jnp.zeros_like, own), probes)
+    if parts > 1:
+        gradients_of = _by_part(gradients_of, parts)
+        sums = jax.tree.map(lambda leaf: _split_over_parts(jnp.zeros((parts, *leaf.shape), leaf.dtype)), sums)
+
+    def micro_step(sums, inputs):
+        number, rows = inputs
+        (total, tokens), gradients = gradients_of(own, probes, rows, jax.random.fold_in(key, number))
+        return jax.tree.map(jnp.add, sums, (total, tokens, *gradients)), None
+
+    if accumulate == 1:
+        sums, _ = micro_step(sums, (jnp.zeros((), jnp.int32), dict(batch)))
+    else:
+        rows = {name: _split_rows(value, accumulate) for name, value in batch.items()}
+        sums, _ = jax.lax.scan(micro_step, sums, (jnp.arange(accumulate), rows))
+    if parts > 1:
+        sums = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums)
+    total, tokens, gradient, statistics = sums
+    return total, tokens, pullback(gradient)[0], statistics
+
+
+def _prepared(plan, loss, leaves, params, base):
+    """(trained leaves as prepared for a step, the way back to the adapters, loss of them and a micro-batch)."""
+    frozen = {id(leaf) for leaf in jax.tree.leaves((leaves.state, leaves.constants))}
+    structure: list[Any] = []
+
+    def prepare(adapters):
+        prepared, treedef = jax.tree.flatten(prepare_leaves(plan, leaves._replace(params=adapters), params))
+        trained = [id(leaf) not in frozen and jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in prepared]
+        structure[:] = [treedef, trained]
+        own = [leaf for leaf, is_trained in zip(prepared, trained, strict=True) if is_trained]
+        return own, [leaf for leaf, is_trained in zip(prepared, trained, strict=True) if not is_trained]
+
+    own, pullback, others = jax.vjp(prepare, leaves.params, has_aux=True)
+    treedef, trained = structure
+
+    def micro_loss(own, probes, batch, key):
+        first, second = iter(own), iter(others)
+        whole = treedef.unflatten([next(first if is_trained else second) for is_trained in trained])
+        collections = {"adapters": whole.params, "adapter_state": whole.state, "adapter_constants": whole.constants}
+        return loss({"params": params, **collections, "adapter_probes": probes}, batch, batch_inputs(base, batch, key))
+
+    return own, pullback, micro_loss
+
+
+def _by_part(gradients_of: Callable[..., Any], parts: int) -> Callable[..., Any]:
+    """`gradients_of` the rows of each part, its results with a leading axis of parts."""
+    mapped = jax.vmap(gradients_of, in_axes=(None, None, 0, None), spmd_axis_name=PARTS)
+
+    def apart(own, probes, rows, key):
+        rows = {name: value.reshape(parts, -1, *value.shape[1:]) for name, value in rows.items()}
+        within = [(name, _without_parts(axes)) for name, axes in nn.get_logical_axis_rules()]
+        with nn.logical_axis_rules(within):  # the parts' own axis is what is mapped over
+            return mapped(own, probes, rows, key)
+
+    return apart
+
+
+def _without_parts(axes: Any) -> Any:
+    kept = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if axis != PARTS)
+    return kept or None
+
+
+def _split_over_parts(value: Array) -> Array:
+    free = (PartitionSpec.UNCONSTRAINED,) * (value.ndim - 1)
+    return jax.lax.with_sharding_constraint(value, PartitionSpec(PARTS, *free))
+
+
+def _split_rows(value: Array, accumulate: int) -> Array:
+    """(B, ...) -> (A, B / A, ...): every device deals its own rows over the micro-batches."""
+    return jnp.swapaxes(value.reshape(value.shape[0] // accumulate, accumulate, *value.shape[1:]), 0, 1)
+
+
+def batch_inputs(base: AdapterInputs, batch: Batch, key: Array | None) -> AdapterInputs:
+    """What adapters know of a micro-batch; balance losses weigh as many tokens as it has."""
+    known = {name: batch.get(name) for name in ("segment_ids", "prompt_mask", "task_ids", "positions")}
+    tokens = jnp.sum(batch["loss_mask"].astype(jnp.float32))
+    return dataclasses.replace(base, **known, key=key, auxiliary_scale=tokens)
