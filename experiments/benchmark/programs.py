@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import flax.linen as nn
@@ -22,8 +23,9 @@ import optax
 
 from mor_jax.adapters import Adapter, LoRA, make_adapter, method_options
 from mor_jax.injection import Adapted, AdapterPlan, resolve_sites
-from mor_jax.models import Decoder, DecoderConfig, head_kernel
+from mor_jax.models import Decoder, DecoderConfig, HeadKernel, head_kernel
 from mor_jax.optim import plan_rules
+from mor_jax.training.hlo import count_compiled_flops, measure_traffic
 from mor_jax.training.losses import chunked_cross_entropy, cross_entropy
 from mor_jax.training.step import Loss, init_state, language_model_loss, make_step
 
@@ -111,6 +113,12 @@ class Program:
         """By XLA's count, which counts a loop's body once: meaningful for unrolled layers."""
         return self.compiled.cost_analysis()["flops"]
 
+    @cached_property
+    def counted(self) -> tuple[float, float]:
+        """(operations of its matrix products, bytes read and written), loops counted in full, in the compiled text."""
+        text = self.compiled.as_text()
+        return count_compiled_flops(text), measure_traffic(text).memory
+
     @property
     def temporary_bytes(self) -> int:
         """Memory that the program needs beside its arguments and results."""
@@ -143,14 +151,15 @@ def make_plan(adapter: Adapter, config: DecoderConfig) -> AdapterPlan:
     return resolve_sites(Decoder(config), adapter, LINEARS, jax.ShapeDtypeStruct((1, 8), jnp.int32))
 
 
-def whole_logits_loss(adapted: Adapted, head: Callable[[Any], jax.Array]) -> Loss:
+def whole_logits_loss(adapted: Adapted, head: Callable[[Any], HeadKernel]) -> Loss:
     """The loss without chunks: all logits at once, differentiated by jax."""
 
     def loss(variables, batch, inputs):
         arguments = (batch["input_ids"], batch["positions"], batch["segment_ids"])
         hidden = adapted.apply(variables, *arguments, output="hidden", adapter_inputs=inputs)
-        kernel = jax.lax.stop_gradient(head(variables["params"]))
-        logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        kernel, axis = head(variables["params"])
+        kernel = jax.lax.stop_gradient(kernel)
+        logits = jnp.tensordot(hidden, kernel, ((-1,), (1 - axis,)), preferred_element_type=jnp.float32)
         return cross_entropy(logits, batch["targets"], batch["loss_mask"])
 
     return loss
@@ -161,7 +170,7 @@ def adapter_step(
     config: DecoderConfig,
     params: Any,
     batch: Any,
-    make_loss: Callable[[Adapted, Callable[[Any], jax.Array]], Loss] = language_model_loss,
+    make_loss: Callable[[Adapted, Callable[[Any], HeadKernel]], Loss] = language_model_loss,
     optimizer: optax.GradientTransformation | None = None,
     accumulate: int = 1,
 ) -> AdapterStep:
@@ -204,8 +213,9 @@ def floor_program(config: DecoderConfig, params: Any, batch: Any) -> Program:
         with nn.intercept_methods(add_offset):
             arguments = (batch["input_ids"], batch["positions"], batch["segment_ids"])
             hidden = Decoder(config).apply({"params": params}, *arguments, output="hidden")
-        head = head_kernel(params, config)
-        total, count = chunked_cross_entropy(hidden, head, batch["targets"], batch["loss_mask"])
+        head, axis = head_kernel(params, config)
+        told = (batch["targets"], batch["loss_mask"])
+        total, count = chunked_cross_entropy(hidden, head, *told, vocabulary_axis=axis)
         return total / count
 
     def step(offset, params, batch):

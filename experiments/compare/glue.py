@@ -34,12 +34,12 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
 }
 GRID = (1e-3, 3e-3)
 SEEDS = (0, 1, 2)
-SETTINGS: Mapping[str, Any] = {"objective": "classification", "steps": 150, "batch_size": 16, "warmup_steps": 10}
+SETTINGS: Mapping[str, Any] = {"objective": "classification", "steps": 100, "batch_size": 16, "warmup_steps": 10}
 TASKS: Mapping[str, dict[str, Any]] = {
     "sst2": {"sequence_length": 48, "files": ("sst2/train.jsonl", "sst2/test.jsonl")},
-    "mrpc": {"sequence_length": 96, "files": ("mrpc/train.jsonl", "mrpc/test.jsonl")},
+    "mrpc": {"sequence_length": 80, "files": ("mrpc/train.jsonl", "mrpc/test.jsonl")},
 }
-PARTS = {"train": 2400, "validation": 300, "test": 600}
+PARTS = {"train": 2400, "validation": 200, "test": 500}
 
 
 def write_parts(folder: Path, data: Path, task: str) -> dict[str, Path]:

@@ -35,7 +35,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "LoRA of the total rank": {"method": "lora", "rank": 16, "alpha": 32.0},
     "MoR": {"method": "mor", "rank": 4, "alpha": 8.0, "num_experts": 4},
 }
-GRID = (1e-3, 2e-3)
+GRID = (2e-3, 4e-3)
 SEEDS = (0, 1, 2)
 SETTINGS: Mapping[str, Any] = {
     "steps": 120,
