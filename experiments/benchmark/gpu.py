@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_rig import SHAPE_SETS, NotMeasuredError, Rig
-from gpu_rows import ROWS, Line
+from gpu_targets import ROWS, Line
 from supervise import End, Job, RunJob, one_line, run_jobs
 from table import describe_machine, merge_rows, read_rows, write_table
 
@@ -59,15 +59,21 @@ def make_worker(argument: tuple[str, int]) -> RunJob:
 
 
 def _measure(rig: Rig, line: Line) -> dict[str, Any]:
+    """The line's figure, or why there is none; where the backend's own attention fails, XLA's takes its place."""
     assert line.measure is not None
     try:
         found = line.measure(rig)
     except NotMeasuredError as reason:
         found = {"figure": None, "note": str(reason)}
     except Exception as error:  # whatever it is, the other lines go on
-        found = {"figure": None, "note": one_line(error)}
+        problem = one_line(error)
         rig.forget()
-    return {"what": line.what, **found, "machine": describe_machine()}
+        if rig.attention() == "cudnn" and "cudnn" in str(error).lower():
+            rig.problems.append(f"{rig.attention()} failed: {problem}")
+            return _measure(rig, line)
+        found = {"figure": None, "note": problem}
+    note = "; ".join(part for part in (found["note"], *rig.problems) if part)
+    return {"what": line.what, **found, "note": note, "machine": describe_machine()}
 
 
 def entry(row: str, line: Line, found: dict[str, Any], command: str) -> dict[str, Any]:

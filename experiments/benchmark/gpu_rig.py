@@ -19,6 +19,7 @@ from mor_jax.adapters import Adapter, LoRA
 from mor_jax.models import DecoderConfig, abstract_params, known_config
 
 GIB = 2**30
+ATTENTION = "attention_implementation"  # the field of DecoderConfig that chooses a kernel, where there is one
 REMATS = ("dots", "full")  # of shape G: the first whose step fits the memory is taken
 # dense bfloat16 FLOP/s of the data sheets, by what the device calls itself; the first that is contained counts
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12}
@@ -140,6 +141,16 @@ def memory_statistics() -> dict[str, int]:
     return found
 
 
+def has_attention_option() -> bool:
+    """Whether a decoder's attention can be chosen."""
+    return any(field.name == ATTENTION for field in dataclasses.fields(DecoderConfig))
+
+
+def about(shape: Shape) -> str:
+    """What of a shape's model changes its speed and not its result."""
+    return f"remat {shape.model.remat}, attention {getattr(shape.model, ATTENTION, 'xla')}"
+
+
 def memory_limit() -> float:
     """Bytes that the allocator may use; infinite where it does not say."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
@@ -151,13 +162,15 @@ class Rig:
     def __init__(self, shapes: Shapes, rounds: int):
         """Nothing is made yet, and no backend started.
 
-        ``until``, of ``time.monotonic``, is when a line should be done; ``scratch`` is for what lines hand on.
+        ``until``, of ``time.monotonic``, is when a line should be done; ``scratch`` is for what lines hand on;
+        ``problems`` say why the backend's own attention is not used any more.
         """
         self.shapes, self.rounds, self.until = shapes, rounds, math.inf
         self.scratch: dict[str, Any] = {}
         self._weights: tuple[Any, Any] | None = None
         self._programs: dict[Any, Program] = {}
         self._remats: dict[Shape, str] = {}
+        self.problems: list[str] = []
 
     def forget(self) -> None:
         """Drops weights and programs: after a failure a program's state may be gone."""
@@ -174,6 +187,17 @@ class Rig:
         if self.shapes.needs_gpu and jax.default_backend() != "gpu":
             raise NotMeasuredError("jax has no GPU backend here: install the extra `cuda`")
 
+    def attention(self) -> str:
+        """The attention of all rows: the one that ``mor train`` takes here by itself, as long as it works."""
+        fused = has_attention_option() and jax.default_backend() == "gpu" and not self.problems
+        return "cudnn" if fused else "xla"
+
+    def shape(self, name: str) -> Shape:
+        """One of ``Shapes``, with ``attention``."""
+        self.require_device()
+        shape = getattr(self.shapes, name)
+        return shape.with_model(**{ATTENTION: self.attention()}) if has_attention_option() else shape
+
     def params(self, config: DecoderConfig) -> Any:
         """Weights of a model; those of another one are dropped first, with the programs that hold them."""
         self.require_device()
@@ -183,13 +207,13 @@ class Rig:
             self._weights = sizes, random_params(config)
         return self._weights[1]
 
-    def fitted(self, shape: Shape, accumulate: int = 1) -> Shape:
-        """The shape with the first of ``REMATS`` whose LoRA step fits the memory.
+    def fitted(self, name: str, accumulate: int = 1) -> Shape:
+        """``shape`` with the first of ``REMATS`` whose LoRA step fits the memory.
 
         Raises:
           NotMeasuredError: none does.
         """
-        needed = math.nan
+        shape, needed = self.shape(name), math.nan
         for remat in REMATS if shape not in self._remats else ():
             needed = self.lora(shape.with_model(remat=remat), accumulate).peak_bytes
             if needed <= memory_limit():

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import numpy as np
-from gpu_rig import GIB, NotMeasuredError, Rig
+from gpu_rig import GIB, NotMeasuredError, Rig, about
 from programs import LINEARS, Shape
 
 from mor_jax.models import config_to_hf
@@ -22,7 +22,6 @@ def against_peft(rig: Rig) -> dict[str, Any]:
     Raises:
       NotMeasuredError: torch with CUDA, or peft, is not here.
     """
-    shape = rig.shapes.main.with_model(remat="full")
     try:
         import peft  # noqa: F401 - asked for before anything is made
         import torch
@@ -30,14 +29,17 @@ def against_peft(rig: Rig) -> dict[str, Any]:
         raise NotMeasuredError(f"needs torch with CUDA and peft: {error}") from error
     if not torch.cuda.is_available():
         raise NotMeasuredError(f"needs torch with CUDA and peft: torch {torch.__version__} finds no GPU")
-    theirs, peak = peft_seconds(shape, rig.rounds, (time.monotonic() + rig.until) / 2)
-    program = rig.lora(shape)  # the first use of jax, when torch has given its memory back
+    theirs, peak = peft_seconds(rig.shapes.main, rig.rounds, (time.monotonic() + rig.until) / 2)
+    # jax is used from here on: it takes most of the memory, which torch has given back
+    shape = rig.shape("main").with_model(remat="full")
+    program = rig.lora(shape)
     ours, _, _, rounds = rig.seconds(program.run)
     tokens = shape.rows * shape.length
     note = (
         f"{tokens / ours:,.0f} and {tokens / theirs:,.0f} tokens/s, medians, one after the other, {rounds} rounds; "
         f"peak {program.peak_bytes / GIB:.1f} GiB by XLA's count and {peak / GIB:.1f} by torch's; micro-batch of "
-        f"{shape.rows} x {shape.length:,}; theirs: sdpa, gradient checkpointing, fused AdamW, not compiled"
+        f"{shape.rows} x {shape.length:,}; ours: {about(shape)}; theirs: sdpa, gradient checkpointing, fused AdamW, "
+        "not compiled"
     )
     return {"figure": theirs / ours, "tokens_per_second": tokens / ours, "peft_tokens_per_second": tokens / theirs} | {
         "note": note

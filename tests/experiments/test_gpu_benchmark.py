@@ -118,12 +118,12 @@ def test_rate_is_tokens_of_all_micro_batches():
     (found,) = make_worker(("tiny", 2))("G1", 0.0)
     assert found["figure"] == pytest.approx(found["tokens_per_second"] / 12_473)
     assert found["peak_bytes"] > 0
-    assert "2 x 32 tokens x 2 micro-batches, remat dots, 2 steps" in found["note"]
+    assert "2 x 32 tokens x 2 micro-batches, remat dots, attention xla, 2 steps" in found["note"]
 
 
 def test_failing_line_leaves_the_others_of_its_row(monkeypatch):
     import gpu
-    from gpu_rows import Line, Row
+    from gpu_targets import Line, Row
 
     def fail(rig):
         raise MemoryError("out of it | by far\nand more")

@@ -3,7 +3,7 @@
 Skipped where jax has no GPU; there, `JAX_PLATFORMS=cuda python -m pytest -m gpu` runs these alone.
 """
 
-from functools import partial
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,13 @@ import pytest
 from mor_jax.adapters import LoRA, MoR
 from mor_jax.injection import Adapted, resolve_sites
 from mor_jax.models import Decoder, DecoderConfig, head_kernel
-from mor_jax.models.attention import attend, attend_in_blocks, visible
+from mor_jax.models.attention import attend
 from mor_jax.training.step import init_state, language_model_loss, make_step
 
 pytestmark = pytest.mark.gpu
 
+HAS_CHOICE = any(field.name == "attention_implementation" for field in dataclasses.fields(DecoderConfig))
+IMPLEMENTATIONS = ("xla", "cudnn") if HAS_CHOICE else ("xla",)
 ROWS, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 256, 8, 2, 64
 
 
@@ -47,33 +49,68 @@ def attention_by_loops(query, key, value, mask):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 2e-2)])
-@pytest.mark.parametrize("block", [0, 64])
-def test_attention_equals_loops_on_packed_rows(dtype, tolerance, block):
+def test_attention_equals_loops_on_packed_rows(dtype, tolerance):
     rng = np.random.default_rng(0)
     shapes = [(ROWS, LENGTH, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
     arrays = [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
-    segments, positions = packed_ids()
-    mask = visible(positions, segments, positions, segments)
+    segments, _ = packed_ids()
+    mask = (segments[:, :, None] == segments[:, None, :]) & np.tri(LENGTH, dtype=bool)
     with jax.default_matmul_precision("highest"):
-        found = jax.jit(partial(attend_in_blocks, block=block, attend=attend))(*arrays, mask)
-    read = segments > 0
-    with np.errstate(invalid="ignore"):  # what padding attends to is nobody's
-        expected = attention_by_loops(*(np.asarray(array, np.float64) for array in arrays), np.asarray(mask))
-    np.testing.assert_allclose(np.asarray(found, np.float64)[read], expected[read], atol=tolerance, rtol=tolerance)
+        found = jax.jit(attend)(*arrays, jnp.asarray(mask))
+    expected = attention_by_loops(*(np.asarray(array, np.float64) for array in arrays), mask)
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=tolerance, rtol=tolerance)
+
+
+def small_decoder(**options):
+    """Two bfloat16 layers."""
+    sizes = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512, "num_layers": 2, "num_heads": 4}
+    config = DecoderConfig(**sizes, num_kv_heads=2, dtype="bfloat16", param_dtype="bfloat16", **options)
+    decoder = Decoder(config)
+    return config, decoder, jax.jit(decoder.init)(jax.random.key(0), jnp.ones((1, 8), jnp.int32))["params"]
+
+
+def gradients(decoder, params, ids, segments, positions, read):
+    """(hidden states, gradient of their masked sum of squares for the embedding), float32."""
+
+    def total(embedding):
+        variables = {"params": params | {"embed_tokens": {"embedding": embedding}}}
+        hidden = decoder.apply(variables, ids, positions, segments, output="hidden").astype(jnp.float32)
+        return jnp.sum(jnp.where(read[..., None], hidden * hidden * jnp.arange(hidden.shape[-1]) / 256, 0)), hidden
+
+    (_, hidden), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(params["embed_tokens"]["embedding"])
+    return np.asarray(hidden, np.float32), np.asarray(gradient, np.float32)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_packed_segments_equal_each_alone(implementation):
+    """Hidden states and gradients of packed rows are those of their segments in rows of their own."""
+    options = {} if implementation == "xla" else {"attention_implementation": implementation}
+    _, decoder, params = small_decoder(attention_block=64, **options)
+    segments, positions = packed_ids()
+    ids = np.random.default_rng(2).integers(1, 256, segments.shape).astype(np.int32)
+    packed, packed_gradient = gradients(decoder, params, ids, segments, positions, segments > 0)
+    gradient = 0.0
+    for row in range(ROWS):
+        for segment in range(1, segments[row].max() + 1):
+            own = np.flatnonzero(segments[row] == segment)
+            alone = [np.zeros((1, LENGTH), np.int32) for _ in range(3)]
+            for array, values in zip(alone, (ids[row, own], np.ones_like(own), np.arange(own.size)), strict=True):
+                array[0, : own.size] = values
+            hidden, part = gradients(decoder, params, *alone, alone[1] > 0)
+            np.testing.assert_allclose(hidden[0, : own.size], packed[row, own], atol=0.05, rtol=0.02)
+            gradient = gradient + part
+    np.testing.assert_allclose(gradient, packed_gradient, atol=0.02 * np.abs(gradient).max())
 
 
 @pytest.mark.parametrize("adapter", [LoRA(rank=8), MoR(rank=4, num_experts=4)], ids=["lora", "mor"])
 def test_training_in_bfloat16(adapter):
     """The loss falls, the base stays, the program is compiled once, and no step holds more memory than another."""
-    sizes = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512, "num_layers": 2, "num_heads": 4}
-    config = DecoderConfig(**sizes, num_kv_heads=2, dtype="bfloat16", param_dtype="bfloat16", remat="dots")
+    config, decoder, params = small_decoder(remat="dots")
     tokens = np.random.default_rng(1).integers(1, 256, (4, 129), dtype=np.int32)
     whole = np.ones((4, 128), np.int32)
     batch = {"input_ids": tokens[:, :-1], "targets": tokens[:, 1:], "loss_mask": whole, "segment_ids": whole}
     batch |= {"positions": np.arange(128, dtype=np.int32) * whole, "task_ids": 0 * whole, "prompt_mask": 0 * whole}
     batch = jax.tree.map(jnp.asarray, batch)
-    decoder = Decoder(config)
-    params = jax.jit(decoder.init)(jax.random.key(0), batch["input_ids"])["params"]
     before = jax.device_get(params)
     linears = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     plan = resolve_sites(decoder, adapter, linears, jax.ShapeDtypeStruct((1, 8), jnp.int32))
