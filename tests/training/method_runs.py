@@ -33,10 +33,15 @@ ENCODER = dataclasses.replace(tiny_bert.CONFIG, hidden_size=128)
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A method's options in these runs, and {event: {step: leaves that it writes then}}."""
+    """A method's options in these runs, and {event: {step: leaves that it writes then}}.
+
+    `count` names the figure of an event's report that is 0 where it found nothing to do; where it is not, the event
+    writes some of the leaves.
+    """
 
     options: dict = dataclasses.field(default_factory=dict)
     events: dict = dataclasses.field(default_factory=dict)
+    count: str = ""
 
     @property
     def steps(self):
@@ -52,11 +57,12 @@ RULES = {
         {"interval": 2, "start_fraction": 0.125, "final_fraction": 0.25},
         {"cut": {2: {"e"}, 4: {"e"}, 6: {"e", "mask"}}},
     ),
-    "alora": Rule({"moved": 2}, {"reallocate": dict.fromkeys((3, 4, 5, 6, 7), MOVED)}),
+    "alora": Rule({"moved": 2}, {"reallocate": dict.fromkeys((3, 4, 5, 6, 7), MOVED)}, "pruned"),
     # on odd steps the factors are remembered, in the rule's own state
     "beamlora": Rule(
         {"interval": 2, "first_share": 0.5},
         {"expand": {1: set(), 2: MOVED, 3: set(), 4: MOVED, 5: set(), 6: MOVED}},
+        "moved",
     ),
     "mora": Rule({"reset_every": 3}, {"fold": {3: FOLDED, 6: FOLDED}}),
     "halora": Rule({"noise_steps": 3, "sigma": 0.1}),

@@ -61,6 +61,26 @@ def check_training(method, done, stacked):
     assert [set(line.get("events", {})) for line in lines] == [set(done.recorder.reports[step]) for step in states]
 
 
+def check_events(done, rule):
+    """All leaves that the events of a run wrote, each on its own steps; nothing else wrote any state."""
+    written = set()
+    for step, (before, after) in done.states.items():
+        reports, names = done.recorder.reports[step], differences(before, after)
+        allowed = set().union(*(leaves.get(step, set()) for leaves in rule.events.values()))
+        if not reports:
+            jax.tree.map(np.testing.assert_array_equal, before, after)
+        if rule.count and reports:
+            assert bool(names) == any(report[rule.count] > 0 for report in reports.values())
+            assert names <= allowed
+        else:
+            assert names == allowed
+        if step > 1:
+            kept = done.states[step - 1][1]["adapter_state"], before["adapter_state"]
+            jax.tree.map(np.testing.assert_array_equal, *kept)
+        written |= names
+    return written
+
+
 def resumed(done, folder, *words):
     """The run gone on with from its middle by `mor train --resume`."""
     shutil.copytree(done.folder, folder)
@@ -81,14 +101,7 @@ def test_training_follows_the_rule(method, runs):
     assert result["padded_parameters"] >= result["trainable_parameters"] > 0
     assert all(("penalty" in line) == (method in PENALTIES) and line.get("penalty", 1) > 0 for line in lines)
     assert all(("rank" in line) == (method == "dylora") for line in lines)
-    for step, (before, after) in done.states.items():
-        if not done.recorder.reports[step]:
-            jax.tree.map(np.testing.assert_array_equal, before, after)
-        written = [leaves[step] for leaves in rule.events.values() if step in leaves]
-        assert differences(before, after) == set().union(*written)
-        if step > 1:
-            kept = done.states[step - 1][1]["adapter_state"], before["adapter_state"]
-            jax.tree.map(np.testing.assert_array_equal, *kept)
+    assert check_events(done, rule) == set().union(*(set().union(*leaves.values()) for leaves in rule.events.values()))
     assert done.recorder.events.cache_size() == len(rule.events)
 
 
