@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "cli"))
 
 import tiny_bert
 import tiny_llama
+from tiny_runs import VARIES
 
 from mor_jax.cli.main import main
 from mor_jax.injection import get_path
@@ -158,8 +159,7 @@ def lines_of(run):
 
 def untimed_lines(run):
     """The lines without what a clock or the machine decides."""
-    timed = ("tokens_per_second", "peak_memory_bytes")
-    return [{name: value for name, value in line.items() if name not in timed} for line in lines_of(run)]
+    return [{name: value for name, value in line.items() if name not in VARIES} for line in lines_of(run)]
 
 
 @dataclasses.dataclass(frozen=True)
