@@ -125,7 +125,7 @@ class HaLoRA(LowRank):
         if not self.mergeable:
             raise NotMergeable(
                 "HaLoRA keeps its adapter off the noisy memory that holds the base; serve the adapter beside it, "
-                "or set mergeable=True"
+                "or merge all the same with mergeable=True (--mergeable)"
             )
         return kernel.replace(kernel.dense() + self.scale * leaves.params["a"] @ leaves.params["b"])
 

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mor_jax.adapters import Leaves
+from mor_jax.adapters import Adapter, Leaves
 from mor_jax.cli.calibration import Batches, merge_batches
-from mor_jax.cli.flags import UsageError
+from mor_jax.cli.flags import UsageError, parse_options
 from mor_jax.cli.opening import LiveModel, at_rank, load_tokenizer, open_run
 from mor_jax.cli.options import ExportOptions, MergeOptions
 from mor_jax.data import DataError
@@ -52,8 +52,21 @@ def opened_at_rank(options: MergeOptions | ExportOptions) -> LiveModel:
       UsageError: there is no such run, or the rank is out of range.
     """
     live = open_run(options.run)
+    if options.mergeable:
+        live = _allowed_to_merge(live)
     imitated = live.plan is not None and any(adapted.adapter.routed for adapted in live.plan.sites)
     return live if imitated else at_rank(live, options.rank)
+
+
+def _allowed_to_merge(live: LiveModel) -> LiveModel:
+    """The run with the options set without which its methods refuse to be merged."""
+    assert live.plan is not None
+
+    def allowed(adapter: Adapter) -> Adapter:
+        return dataclasses.replace(adapter, **parse_options(adapter.merge_condition))
+
+    sites = (dataclasses.replace(site, adapter=allowed(site.adapter)) for site in live.plan.sites)
+    return dataclasses.replace(live, plan=dataclasses.replace(live.plan, sites=tuple(sites)))
 
 
 def run_call(live: LiveModel) -> ModelCall:

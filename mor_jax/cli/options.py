@@ -62,6 +62,7 @@ class MergeOptions:
     output_dir: str  # Hugging Face directory to be made
     gates: str = ""  # where gates read the input: least_squares, sequential, distill, mean, task:NAME; empty: the best
     rank: int = 0  # of the LoRA that stands for such gates (0: full; distill: the adapter's own), or to cut dylora to
+    mergeable: bool = False  # merge also what is meant to stay apart from its base (halora)
     calibration: str = ""  # records that approximations are fitted on; empty takes the run's training data
     batches: int = 8  # calibration batches, and as many to measure fidelity on
     steps: int = 200  # of distill
@@ -79,6 +80,7 @@ class ExportOptions:
     verify: bool = False  # load it in transformers or PEFT where torch is installed and compare logits in float32
     gates: str = ""  # as in `mor merge`; peft: least_squares, sequential or distill
     rank: int = 0  # as in `mor merge`; peft: 0 takes the adapter's own rank
+    mergeable: bool = False  # as in `mor merge`
     calibration: str = ""  # as in `mor merge`
     batches: int = 8  # as in `mor merge`
     steps: int = 200  # as in `mor merge`

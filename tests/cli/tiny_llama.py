@@ -30,11 +30,11 @@ def make_tokenizer():
     return tokenizer
 
 
-def make_model(directory):
+def make_model(directory, config=CONFIG):
     """Writes the model and its tokenizer to `directory` and returns it as a string."""
-    params = jax.jit(Decoder(CONFIG).init)(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
+    params = jax.jit(Decoder(config).init)(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
     params = jax.tree.map(lambda leaf: 6 * leaf if leaf.ndim > 1 else leaf, params)  # logits worth comparing
-    save_params(params, CONFIG, directory)
+    save_params(params, config, directory)
     make_tokenizer().save_pretrained(str(directory))
     return str(directory)
 

@@ -10,7 +10,7 @@ from small_plan import SINGLE, STACKED
 
 from mor_jax.adapters.adalora import Sensitivity
 from mor_jax.adapters.dylora import DrawnRanksOnly
-from mor_jax.optim import LearningRates, UpdateRule, plan_rules
+from mor_jax.optim import LearningRates, UpdateRule, mean_penalty, plan_rules
 
 RULES = {
     "frozen": UpdateRule(DrawnRanksOnly()),
@@ -163,3 +163,16 @@ def test_learning_rate_ratio_equals_an_optimizer_of_that_rate():
         for site in (STACKED, SINGLE):
             np.testing.assert_allclose(after[site][leaf], expected[site][leaf], rtol=1e-5, atol=1e-7)
     assert not plan_rules(small_plan.plan_of("lora"), 10).updates
+
+
+def test_the_penalty_is_the_mean_over_sites_and_layers():
+    """HaLoRA's of three stacked layers and one alone: four terms of equal weight, in NumPy."""
+    plan = small_plan.plan_of("halora", rank=2, penalty_weight=0.3)
+    leaves = small_plan.leaves_of(plan)
+    layers = [{leaf: value[n] for leaf, value in leaves.params[STACKED].items()} for n in range(3)]
+    each = []
+    for own in (*layers, leaves.params[SINGLE]):
+        a, b = np.float64(own["a"]), np.float64(own["b"])
+        each.append(0.3 * (np.linalg.norm(a.T @ a, 2) + np.linalg.norm(b @ b.T, 2)))
+    np.testing.assert_allclose(mean_penalty(plan, leaves), np.mean(each), rtol=1e-5)
+    assert mean_penalty(small_plan.plan_of("lora"), leaves) is None
