@@ -210,9 +210,11 @@ def forecast(config: TrainConfig, shape: DecoderConfig, topology: Topology) -> F
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        if used_bytes(str(error)) is None:
+        arguments = local_bytes(lay_out(config, shape, mesh).placed())
+        peak = needed_bytes(str(error), arguments)
+        if peak is None:
             raise
-        return _refused(str(error), local_bytes(lay_out(config, shape, mesh).placed()), common)
+        return _refused(str(error), peak, arguments, common)
     memory, traffic = compiled.memory_analysis(), measure_traffic(compiled.as_text())
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -234,12 +236,13 @@ def forecast(config: TrainConfig, shape: DecoderConfig, topology: Topology) -> F
     )
 
 
-def _refused(message: str, argument_bytes: int, common: dict[str, Any]) -> Forecast:
+def _refused(message: str, peak: int, argument_bytes: int, common: dict[str, Any]) -> Forecast:
     return Forecast(
         **common,
         fits=False,
-        peak_bytes_per_device=used_bytes(message) or 0,
+        peak_bytes_per_device=peak,
         argument_bytes=argument_bytes,
+        temporary_bytes=peak - argument_bytes,
         problem=" ".join(message.split())[:300],
     )
 
@@ -265,8 +268,9 @@ def roofline(flops: float, traffic: Traffic, devices: int, chip: Chip | None, us
 
 
 def _gathered_stacks(params: Any, traffic: Traffic) -> tuple[str, ...]:
-    """Names of the parameters with a layer axis whose whole shape an all-gather makes."""
-    stacks = [(path, leaf) for path, leaf in jax.tree.leaves_with_path(params) if leaf.ndim >= 3]
+    """Names of the parameters of several layers whose whole shape an all-gather makes."""
+    leaves = jax.tree.leaves_with_path(params)
+    stacks = [(path, leaf) for path, leaf in leaves if leaf.ndim >= 3 and leaf.shape[0] > 1]
     whole = [path for path, leaf in stacks if tuple(sorted(leaf.shape)) in traffic.gathered]
     return tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path in whole)
 
@@ -278,12 +282,21 @@ def _matrix_size(shape: DecoderConfig) -> int:
     return size + (shape.vocab_size * shape.hidden_size if shape.tie_word_embeddings else 0)
 
 
-def used_bytes(message: str) -> int | None:
-    """Bytes that a compiler's out-of-memory message says it needed (0: it does not say); None for other messages."""
+def needed_bytes(message: str, argument_bytes: int) -> int | None:
+    """Bytes of a device that a compiler's out-of-memory message asks for; None for other messages.
+
+    Args:
+      message: of the error.
+      argument_bytes: what is told if the message has no figure, and added where it tells of temporaries only.
+    """
     if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
         return None
-    found = re.search(r"[Uu]sed ([\d.]+)([KMGT])(?:iB?)? of", message)
-    return int(float(found[1]) * 2 ** (10 * (1 + "KMGT".index(found[2])))) if found else 0
+    size = r"([\d.]+)([KMGT])(?:iB?)?"
+    total, temporaries = (re.search(form, message) for form in (rf"[Uu]sed {size} of", rf"temporaries \({size}\)"))
+    if (found := total or temporaries) is None:
+        return argument_bytes
+    told = int(float(found[1]) * 2 ** (10 * (1 + "KMGT".index(found[2]))))
+    return told if total else told + argument_bytes
 
 
 def search(

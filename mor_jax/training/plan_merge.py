@@ -17,7 +17,7 @@ from mor_jax.merging import lower_merge
 from mor_jax.models import DecoderConfig
 from mor_jax.training.config import TrainConfig
 from mor_jax.training.mesh import make_mesh
-from mor_jax.training.plan import lay_out, local_bytes, used_bytes
+from mor_jax.training.plan import lay_out, local_bytes, needed_bytes
 from mor_jax.training.topology import Topology
 
 _GIB = 2**30
@@ -76,9 +76,10 @@ def forecast_merge(config: TrainConfig, shape: DecoderConfig, topology: Topology
     except NotMergeable as error:
         return MergeForecast(fits=False, problem=str(error))
     except jax.errors.JaxRuntimeError as error:
-        if used_bytes(str(error)) is None:
+        needed = needed_bytes(str(error), held + made)
+        if needed is None:
             raise
-        return MergeForecast(fits=False, problem=" ".join(str(error).split())[:300])
+        return MergeForecast(fits=False, peak_bytes_per_device=needed, problem=" ".join(str(error).split())[:300])
     over = peak - topology.capacity_bytes
     needs = f"the merge needs {peak / _GIB:.1f} GiB a device, {over / _GIB:.1f} too many"
     return MergeForecast(
