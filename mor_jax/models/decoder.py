@@ -127,16 +127,7 @@ class Decoder(nn.Module):
             raise ValueError(f"output must be logits, last or hidden; got {output!r}")
         config = self.config
         segment_ids = jnp.ones_like(input_ids) if segment_ids is None else segment_ids
-        index = self._cache_index() if decode else None
-        if positions is None:
-            positions = default_positions(segment_ids) + (0 if index is None else index)
-        positions = jnp.asarray(positions, jnp.int32)
-        keys = self._cache_keys(index, positions, segment_ids) if decode else (positions, segment_ids)
-        cos, sin = rotary_tables(config, positions)
-        windowed = any(window is not None for window in config.windows)
-        distance = positions[:, :, None] - keys[0][:, None, :] if windowed else None
-        inputs = LayerInputs(cos, sin, visible(positions, segment_ids, *keys), distance, index)
-
+        inputs = self._layer_inputs(positions, segment_ids, decode)
         embed = nn.Embed(
             config.vocab_size,
             config.hidden_size,
@@ -148,14 +139,27 @@ class Decoder(nn.Module):
         x = with_logical_constraint(embed(input_ids), RESIDUAL)
         if config.embedding_scale is not None:
             x = x * jnp.asarray(config.embedding_scale, config.dtype)
-        x = self._layers((x, carry_extra), inputs, windowed)
+        x = self._layers((x, carry_extra), inputs)
         x = RMSNorm(config, name="norm")(x[:, -1:] if output == "last" else x)
         if output == "hidden" and not (self.is_initializing() and not config.tie_word_embeddings):
             return x
         logits = soft_cap(self._logits(x, embed), config.logit_softcap)
         return x if output == "hidden" else logits
 
-    def _layers(self, carry: tuple[jax.Array, Any], inputs: LayerInputs, windowed: bool) -> jax.Array:
+    def _layer_inputs(self, positions: jax.Array | None, segment_ids: jax.Array, decode: bool) -> LayerInputs:
+        """What all layers share; with `decode`, the positions and segments of these tokens enter the cache."""
+        config = self.config
+        index = self._cache_index() if decode else None
+        if positions is None:
+            positions = default_positions(segment_ids) + (0 if index is None else index)
+        positions = jnp.asarray(positions, jnp.int32)
+        keys = self._cache_keys(index, positions, segment_ids) if decode else (positions, segment_ids)
+        cos, sin = rotary_tables(config, positions)
+        windowed = any(window is not None for window in config.windows)
+        distance = positions[:, :, None] - keys[0][:, None, :] if windowed else None
+        return LayerInputs(cos, sin, visible(positions, segment_ids, *keys), distance, index)
+
+    def _layers(self, carry: tuple[jax.Array, Any], inputs: LayerInputs) -> jax.Array:
         config = self.config
         layer = DecoderLayer
         if config.remat != "none":
@@ -173,7 +177,7 @@ class Decoder(nn.Module):
         )
         windows = jnp.asarray([_NO_WINDOW if w is None else w for w in config.windows], jnp.int32)
         ropes = jnp.asarray(config.rope_kinds, jnp.int32)
-        kinds = LayerKind(windows if windowed else None, ropes if len(config.ropes) > 1 else None)
+        kinds = LayerKind(None if inputs.distance is None else windows, ropes if len(config.ropes) > 1 else None)
         return scanned(config, name="layers")(carry, kinds, inputs)[0][0]
 
     def _logits(self, x: jax.Array, embed: nn.Embed) -> jax.Array:
