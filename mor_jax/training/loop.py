@@ -54,7 +54,13 @@ from mor_jax.training.metrics import (
     router_metrics,
 )
 from mor_jax.training.optimizer import make_schedule
-from mor_jax.training.run_folder import check_output_dir, check_same_base, check_same_run, write_run_folder
+from mor_jax.training.run_folder import (
+    check_output_dir,
+    check_same_base,
+    check_same_run,
+    environment,
+    write_run_folder,
+)
 from mor_jax.training.signals import StopRequest
 from mor_jax.training.step import NonFiniteError, Step, TrainState, init_state, make_step
 
@@ -261,12 +267,7 @@ def _set_up(run: Run, stop: StopRequest, custom_optimizer: bool) -> _Loop:
     key = jax.random.key(config.seed, impl="threefry2x32")
     state, constants, shardings = init_state(key, run.adapted, run.params, run.optimizer, run.mesh, run.specs, rules)
     assert shardings is not None  # there is a mesh
-    metadata = {
-        "config": config_to_mapping(config),
-        "base_fingerprint": fingerprint(run.params),
-        "custom_optimizer": custom_optimizer,
-    }
-    check_same_everywhere(metadata["config"] | {"data": run.batches.get_state()})
+    metadata = _metadata(run, custom_optimizer)
     checkpoints = Checkpoints(Path(config.output_dir) / "checkpoints", config.keep_checkpoints)
     done, state, losses = _restore(run, checkpoints, state, metadata) if config.resume else (0, state, [])
     if is_first():
@@ -308,6 +309,19 @@ def _set_up(run: Run, stop: StopRequest, custom_optimizer: bool) -> _Loop:
         losses=collections.deque(losses, LAST_LOSSES),
         learning_rates=np.asarray(jax.vmap(make_schedule(config))(jnp.arange(config.steps))),
     )
+
+
+def _metadata(run: Run, custom_optimizer: bool) -> dict[str, Any]:
+    """What every checkpoint says of the run, once all processes have found that they are about to do the same."""
+    config = config_to_mapping(run.config)
+    check_same_everywhere(
+        config | {"place in the data": run.batches.get_state(), "versions": environment()["versions"]}
+    )
+    return {
+        "config": config,
+        "base_fingerprint": fingerprint(run.params),
+        "custom_optimizer": custom_optimizer,
+    }
 
 
 def _score_batch(run: Run, rules: Rules) -> Any:
