@@ -15,9 +15,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mor_jax.models.config import DecoderConfig
@@ -126,10 +126,10 @@ def _splash(
     query = (query * scale).astype(query.dtype)
     if mesh.empty:
         return _splash_rows(kernel, query, key, value, segment_ids, segment_ids)
-    length = nn.logical_to_mesh_axes(("length",))
+    length = logical_to_mesh_axes(("length",))
     kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, *(length or (None,)))))
-    queries, keys = nn.logical_to_mesh_axes(QUERY_HEADS), nn.logical_to_mesh_axes(ALL_KEYS)
-    rows = tuple(nn.logical_to_mesh_axes(names) for names in (QUERY_HEADS[:2], ALL_KEYS[:2]))
+    queries, keys = logical_to_mesh_axes(QUERY_HEADS), logical_to_mesh_axes(ALL_KEYS)
+    rows = tuple(logical_to_mesh_axes(names) for names in (QUERY_HEADS[:2], ALL_KEYS[:2]))
     mapped = jax.shard_map(
         _splash_rows, mesh=mesh, in_specs=(kernel_spec, queries, keys, keys, *rows), out_specs=queries, check_vma=False
     )
