@@ -40,6 +40,15 @@ def _require(report):
         report.longrepr = f"MOR_REQUIRE_ORACLES=1 allows no skip: {reason}"
 
 
+def pytest_runtest_setup(item):
+    """Skip what is marked `gpu` where jax computes on something else; the backend starts only if such a test is met."""
+    if item.get_closest_marker("gpu") is not None:
+        import jax
+
+        if jax.default_backend() != "gpu":
+            pytest.skip(f"needs a GPU: jax computes on {jax.default_backend()}")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     """Turn the skip of one test into its failure where every oracle is required."""

@@ -7,10 +7,12 @@ full fine-tuning with AdamW. ``adapter_program``: the step that ``mor train`` ta
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import flax.linen as nn
@@ -21,8 +23,9 @@ import optax
 
 from mor_jax.adapters import Adapter, LoRA, make_adapter, method_options
 from mor_jax.injection import Adapted, AdapterPlan, resolve_sites
-from mor_jax.models import Decoder, DecoderConfig, head_kernel
+from mor_jax.models import Decoder, DecoderConfig, HeadKernel, head_kernel
 from mor_jax.optim import plan_rules
+from mor_jax.training.hlo import count_compiled_flops, measure_traffic
 from mor_jax.training.losses import chunked_cross_entropy, cross_entropy
 from mor_jax.training.step import Loss, init_state, language_model_loss, make_step
 
@@ -86,10 +89,13 @@ def make_params(shape: Shape) -> Any:
 class Program:
     """A compiled program whose ``run`` does one step and waits for it."""
 
-    def __init__(self, name: str, function: Any, state: Any, *rest: Any):
-        """Compiles ``function(state, *rest) -> (state, metrics)`` ahead of time; ``state`` may be donated."""
+    def __init__(self, name: str, function: Any, state: Any, *rest: Any, options: dict[str, Any] | None = None):
+        """Compiles ``function(state, *rest) -> (state, metrics)`` ahead of time; ``state`` may be donated.
+
+        ``options`` are the compiler's. A compiled program that is kept has its state and arguments alive.
+        """
         self.name, self.state, self.rest = name, state, rest
-        self.compiled = function.lower(state, *rest).compile()
+        self.compiled = function.lower(state, *rest).compile(compiler_options=options)
 
     def run(self) -> Any:
         """One step; its metrics."""
@@ -107,10 +113,23 @@ class Program:
         """By XLA's count, which counts a loop's body once: meaningful for unrolled layers."""
         return self.compiled.cost_analysis()["flops"]
 
+    @cached_property
+    def counted(self) -> tuple[float, float]:
+        """(operations of its matrix products, bytes read and written), loops counted in full, in the compiled text."""
+        text = self.compiled.as_text()
+        return count_compiled_flops(text), measure_traffic(text).memory
+
     @property
     def temporary_bytes(self) -> int:
         """Memory that the program needs beside its arguments and results."""
         return self.compiled.memory_analysis().temp_size_in_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """By XLA's count: arguments, results that are not theirs, and temporaries."""
+        memory = self.compiled.memory_analysis()
+        own = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return memory.argument_size_in_bytes + own + memory.temp_size_in_bytes
 
 
 @dataclass(frozen=True)
@@ -122,9 +141,9 @@ class AdapterStep:
     state: Any
     rest: tuple[Any, ...]
 
-    def compile(self, name: str) -> Program:
+    def compile(self, name: str, options: dict[str, Any] | None = None) -> Program:
         """The program."""
-        return Program(name, self.function, self.state, *self.rest)
+        return Program(name, self.function, self.state, *self.rest, options=options)
 
 
 def make_plan(adapter: Adapter, config: DecoderConfig) -> AdapterPlan:
@@ -132,14 +151,15 @@ def make_plan(adapter: Adapter, config: DecoderConfig) -> AdapterPlan:
     return resolve_sites(Decoder(config), adapter, LINEARS, jax.ShapeDtypeStruct((1, 8), jnp.int32))
 
 
-def whole_logits_loss(adapted: Adapted, head: Callable[[Any], jax.Array]) -> Loss:
+def whole_logits_loss(adapted: Adapted, head: Callable[[Any], HeadKernel]) -> Loss:
     """The loss without chunks: all logits at once, differentiated by jax."""
 
     def loss(variables, batch, inputs):
         arguments = (batch["input_ids"], batch["positions"], batch["segment_ids"])
         hidden = adapted.apply(variables, *arguments, output="hidden", adapter_inputs=inputs)
-        kernel = jax.lax.stop_gradient(head(variables["params"]))
-        logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        kernel, axis = head(variables["params"])
+        kernel = jax.lax.stop_gradient(kernel)
+        logits = jnp.tensordot(hidden, kernel, ((-1,), (1 - axis,)), preferred_element_type=jnp.float32)
         return cross_entropy(logits, batch["targets"], batch["loss_mask"])
 
     return loss
@@ -150,17 +170,29 @@ def adapter_step(
     config: DecoderConfig,
     params: Any,
     batch: Any,
-    make_loss: Callable[[Adapted, Callable[[Any], jax.Array]], Loss] = language_model_loss,
+    make_loss: Callable[[Adapted, Callable[[Any], HeadKernel]], Loss] = language_model_loss,
     optimizer: optax.GradientTransformation | None = None,
+    accumulate: int = 1,
 ) -> AdapterStep:
-    """The step of ``mor train`` for an adapter on the seven linear maps, with AdamW unless told otherwise."""
+    """The step of ``mor train`` for an adapter on the seven linear maps, with AdamW unless told otherwise.
+
+    ``accumulate`` is the number of micro-batches that the rows of ``batch`` are dealt to.
+    """
     plan = make_plan(adapter, config)
     adapted = Adapted(base=Decoder(config), plan=plan)
     rules = plan_rules(plan, total_steps=1000)
     optimizer = rules.wrap(optax.adamw(1e-4) if optimizer is None else optimizer)
     state, constants, _ = init_state(jax.random.key(1), adapted, params, optimizer, rules=rules)
     loss = make_loss(adapted, lambda p: head_kernel(p, config))
-    step = make_step(adapted, optimizer, loss=loss, constants=constants, adapters=state.adapters, rules=rules)
+    step = make_step(
+        adapted,
+        optimizer,
+        loss=loss,
+        accumulate=accumulate,
+        constants=constants,
+        adapters=state.adapters,
+        rules=rules,
+    )
     return AdapterStep(plan, step.function, state, (params, step.constants, batch))
 
 
@@ -181,15 +213,16 @@ def floor_program(config: DecoderConfig, params: Any, batch: Any) -> Program:
         with nn.intercept_methods(add_offset):
             arguments = (batch["input_ids"], batch["positions"], batch["segment_ids"])
             hidden = Decoder(config).apply({"params": params}, *arguments, output="hidden")
-        head = head_kernel(params, config)
-        total, count = chunked_cross_entropy(hidden, head, batch["targets"], batch["loss_mask"])
+        head, axis = head_kernel(params, config)
+        told = (batch["targets"], batch["loss_mask"])
+        total, count = chunked_cross_entropy(hidden, head, *told, vocabulary_axis=axis)
         return total / count
 
     def step(offset, params, batch):
         value, gradient = jax.value_and_grad(loss)(offset, params, batch)
         return gradient * 0, value
 
-    offset = jnp.zeros((*batch["input_ids"].shape, config.hidden_size))
+    offset = jnp.zeros((*batch["input_ids"].shape, config.hidden_size), config.dtype)
     return Program("floor", jax.jit(step, donate_argnums=0), offset, params, batch)
 
 
@@ -233,26 +266,35 @@ def sized_adapter(method: str, config: DecoderConfig, rank: int = 16) -> Adapter
     return min(candidates, key=lambda found: found[:2])[2] if candidates else default
 
 
-def time_ratio(first: Callable[[], Any], second: Callable[[], Any], rounds: int) -> dict[str, Any]:
+def time_ratio(
+    first: Callable[[], Any],
+    second: Callable[[], Any],
+    rounds: int,
+    clock: Callable[[], float] = time.process_time,
+    until: float = math.inf,
+) -> dict[str, Any]:
     """Median and quartiles of the per-round ratio of process CPU time, and each function's median milliseconds.
 
-    Two calls of each to warm up, then ``rounds`` (at least 2) of first, second in turn.
+    Two calls of each to warm up, then ``rounds`` (at least 2) of first, second in turn; no round after the second
+    begins later than ``until``, of ``time.monotonic``. Another ``clock`` takes the place of the CPU time.
     """
     for function in (first, second, first, second):
         function()
     times: dict[str, list[float]] = {"first": [], "second": []}
-    for _ in range(rounds):
+    for number in range(rounds):
+        if number >= 2 and time.monotonic() > until:
+            break
         for key, function in (("first", first), ("second", second)):
-            start = time.process_time()
+            start = clock()
             function()
-            times[key].append(time.process_time() - start)
+            times[key].append(clock() - start)
     ratios = [a / b for a, b in zip(times["first"], times["second"], strict=True)]
     low, median, high = statistics.quantiles(ratios, n=4)
     return {
         "figure": median,
         "low": low,
         "high": high,
-        "rounds": rounds,
+        "rounds": len(ratios),
         "first_ms": 1e3 * statistics.median(times["first"]),
         "second_ms": 1e3 * statistics.median(times["second"]),
     }

@@ -4,9 +4,10 @@ Each row is what `mor plan` says: the compiler's memory of one device, collectiv
 roofline estimate of the step's time, which is no measurement. Needs the extra `tpu`, whose compiler runs on a CPU.
 
 python experiments/benchmark/slices.py --cases 8b                # minutes a row
-python experiments/benchmark/slices.py --cases 8b,70b,405b
+python experiments/benchmark/slices.py --cases 70b --methods mor
+python experiments/benchmark/slices.py --cases ""                # the tables again, from the rows that there are
 
-Writes experiments/results/slices.json and slices.md; rows of other cases in the files stay.
+Writes experiments/results/slices.json and slices.md after every row; rows measured before stay.
 """
 
 from __future__ import annotations
@@ -15,101 +16,159 @@ import argparse
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
+
+import slice_targets
 
 from mor_jax.training.topology import load_topology, prepare_environment
 
 RESULTS = Path(__file__).parents[1] / "results"
 GIB = 2**30
-# name: (model, slice, rows of a step)
+
+
+class Case(NamedTuple):
+    """A model on a slice, and the rows of a step over all its chips."""
+
+    model: str
+    topology: str
+    rows: int
+
+
 CASES = {
-    "8b": ("Llama-3.1-8B", "v5e:4x4", 48),
-    "70b": ("Llama-3.1-70B", "v5e:16x16", 256),
-    "70b-v5p": ("Llama-3.1-70B", "v5p:4x4x4", 256),
-    "405b": ("Llama-3.1-405B", "v5p:8x8x8", 1024),
+    "8b": Case("Llama-3.1-8B", "v5e:4x4", 48),
+    "8b-64": Case("Llama-3.1-8B", "v5e:8x8", 192),
+    "70b": Case("Llama-3.1-70B", "v5e:16x16", 256),
+    "70b-v5p": Case("Llama-3.1-70B", "v5p:4x4x4", 256),
+    "405b": Case("Llama-3.1-405B", "v5p:8x8x8", 1024),
 }
-METHODS = ("lora", "mor")
+METHODS = ("mor", "lora")
 LENGTH = 4096
 NOTE = f"""Rows of {LENGTH} tokens, bfloat16 base, full rematerialisation, all linear maps adapted with the methods'
 defaults, base over `fsdp`. Memory is the compiler's. Step times are roofline estimates, not measurements: the highest
-of three roofs. Attention is the splash kernel, whose operations are counted as if it skipped no block."""
+of three roofs. Attention is the splash kernel, whose operations are counted as if it skipped no block. The compiler's
+seconds are of one core; the share of the base is that of adapters, their gradients and moments over all chips."""
+
+
+def plan_words(case: str, method: str) -> str:
+    """The command that plans the row."""
+    model, topology, rows = CASES[case]
+    words = f"--topology {topology} --batch-size {rows} --sequence-length {LENGTH} --remat full"
+    return f"mor plan {model} --method {method} {words}"
 
 
 def measure(case: str, method: str) -> dict:
     """One row; run in a process of its own, since a slice is chosen before jax starts."""
-    model, slice_name, rows = CASES[case]
-    prepare_environment(slice_name)
+    model, topology, rows = CASES[case]
+    prepare_environment(topology)
     from mor_jax.models import known_config
     from mor_jax.training.config import TrainConfig
-    from mor_jax.training.plan import forecast
+    from mor_jax.training.mesh import make_mesh
+    from mor_jax.training.plan import forecast, lay_out
 
     config = TrainConfig(method=method, batch_size=rows, sequence_length=LENGTH, remat="full", dtype="bfloat16")
     shape = dataclasses.replace(known_config(model), dtype="bfloat16", param_dtype="bfloat16")
-    start = time.time()
-    found = dataclasses.asdict(forecast(config, shape, load_topology(slice_name)))
-    return (
-        {"case": case, "model": model, "method": method, "rows": rows, "length": LENGTH}
-        | found
-        | {"compile_seconds": round(time.time() - start, 1)}
-    )
+    chips = load_topology(topology)
+    run = lay_out(config, shape, make_mesh("fsdp=-1", chips.devices))
+    start = time.process_time()
+    found = dataclasses.asdict(forecast(config, shape, chips))
+    row = {"case": case, "model": model, "method": method, "rows": rows, "length": LENGTH}
+    costs = {"compile_cpu_seconds": round(time.process_time() - start, 1)}
+    trained = _bytes((run.state.adapters, run.state.adapters, run.state.opt_state))
+    shares = {"trained_bytes": trained, "base_bytes": _bytes(run.params)}
+    return row | {"command": plan_words(case, method)} | found | costs | shares
+
+
+def _bytes(tree: object) -> int:
+    import jax
+
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def table(rows: list[dict]) -> str:
-    """The rows as Markdown."""
-    lines = [
-        "| model | slice | method | rows a chip | peak, GiB | of | arguments | estimated s | roofs: compute, memory, "
-        "network | all-gather, GiB | whole stacks gathered |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        chips = 1
-        for part in row["mesh"].split(","):
-            chips *= int(part.split("=")[1])
-        roofs = [row[f"{name}_seconds"] for name in ("compute", "memory", "network")]
-        cells = [
-            row["model"],
-            row["topology"],
-            row["method"],
-            f"{row['rows'] / chips:g}",
-            f"{row['peak_bytes_per_device'] / GIB:.2f}" if row["fits"] else "does not fit",
-            f"{row['capacity_bytes'] / GIB:.0f}",
-            f"{row['argument_bytes'] / GIB:.2f}",
-            *(["-", "-"] if roofs[0] is None else [f"{max(roofs):.2f}", ", ".join(f"{roof:.2f}" for roof in roofs)]),
-            f"{row['collectives'].get('all-gather', {}).get('bytes', 0) / GIB:.0f}",
-            ", ".join(row["gathered_stacks"]) or "none",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+    """The rows as Markdown; those not run say so."""
+    heads = (
+        "model",
+        "slice",
+        "method",
+        "rows a chip",
+        "peak, GiB",
+        "of",
+        "arguments",
+        "estimated s",
+        "roofs: compute, memory, network",
+        "collectives, GiB a step",
+        "whole stacks gathered",
+        "share of the base",
+        "compiler, s",
+    )
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    known = {(row["case"], row["method"]): row for row in rows}
+    for case, (model, topology, count) in CASES.items():
+        for method in METHODS:
+            ways = count / math.prod(map(int, topology.split(":")[1].split("x")))
+            start = [model, topology, method, f"{ways:g}"]
+            cells = _cells(known[case, method]) if (case, method) in known else ["not yet run"] + [""] * 8
+            lines.append("| " + " | ".join([*start, *cells]) + " |")
     return "\n".join(lines)
+
+
+def _cells(row: dict) -> list[str]:
+    roofs = [row[f"{name}_seconds"] for name in ("compute", "memory", "network")]
+    moved = [f"{kind} {own['bytes'] / GIB:.1f}" for kind, own in sorted(row["collectives"].items())]
+    return [
+        f"{row['peak_bytes_per_device'] / GIB:.2f}" + ("" if row["fits"] else ", does not fit"),
+        f"{row['capacity_bytes'] / GIB:.0f}",
+        f"{row['argument_bytes'] / GIB:.2f}",
+        *(["-", "-"] if roofs[0] is None else [f"{max(roofs):.2f}", ", ".join(f"{roof:.2f}" for roof in roofs)]),
+        ", ".join(moved),
+        ", ".join(row["gathered_stacks"]) or "none",
+        f"{row['trained_bytes'] / row['base_bytes']:.2%}",
+        f"{row['compile_cpu_seconds']:.0f}",
+    ]
+
+
+def write(rows: list[dict]) -> None:
+    """Both files of the results."""
+    order = list(CASES)
+    rows.sort(key=lambda row: (order.index(row["case"]), METHODS.index(row["method"])))
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu", "flax")}
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, no TPU"
+    command = "python experiments/benchmark/slices.py --cases CASES --methods METHODS"
+    document = {"command": command, "machine": machine, "versions": versions, "rows": rows}
+    (RESULTS / "slices.json").write_text(json.dumps(document, indent=1) + "\n")
+    numbers = ", ".join(f"{name} {version}" for name, version in versions.items())
+    head = f"# Steps compiled for slices that are not there\n\n`{command}` on {machine}; {numbers}.\n\n{NOTE}\n"
+    commands = "\n".join(f"    {row['command']}" for row in rows)
+    parts = [head, slice_targets.table(rows), table(rows), f"The same rows one by one:\n\n{commands}"]
+    (RESULTS / "slices.md").write_text("\n\n".join(part.rstrip() for part in parts) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", default="8b", help=f"of {', '.join(CASES)}")
+    parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--row", nargs=2, metavar=("CASE", "METHOD"), help="print one row as JSON and stop")
     args = parser.parse_args()
     if args.row:
         print(json.dumps(measure(*args.row)))
         return
-    path, cases = RESULTS / "slices.json", args.cases.split(",")
-    kept = [row for row in json.loads(path.read_text())["rows"] if row["case"] not in cases] if path.exists() else []
-    for case in cases:
-        for method in METHODS:
+    path = RESULTS / "slices.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    for case in filter(None, args.cases.split(",")):
+        for method in args.methods.split(","):
             command = [sys.executable, __file__, "--row", case, method]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            kept.append(json.loads(output.splitlines()[-1]))
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu", "flax")}
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, no TPU"
-    command = f"python experiments/benchmark/slices.py --cases {','.join(dict.fromkeys(row['case'] for row in kept))}"
-    document = {"command": command, "machine": machine, "versions": versions, "rows": kept}
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    numbers = ", ".join(f"{name} {version}" for name, version in versions.items())
-    head = f"# Steps compiled for slices that are not there\n\n`{command}` on {machine}; {numbers}.\n\n{NOTE}\n\n"
-    (RESULTS / "slices.md").write_text(head + table(kept) + "\n")
+            rows = [row for row in rows if (row["case"], row["method"]) != (case, method)]
+            write([*rows, json.loads(output.splitlines()[-1])])
+            rows = json.loads(path.read_text())["rows"]
+    write(rows)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The table that the benchmark writes: rows of figures as JSON, with the same as Markdown beside it.
 
-A row is {"id", "what", "must", "figure", "command", ...}. Rows are kept when others are measured again, so each carries
-the command, machine and versions that made it.
+A row is {"id", "what", "must", "figure", "command", "machine", ...}. Rows are kept when others are measured again, so
+each carries the command, machine and versions that made it. A row without a figure (None) says in its note why.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ import json
 import os
 import platform
 import re
+import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterable
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,8 +24,18 @@ import jax
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "peft", "transformers")
 
 
+@cache
+def nvidia_driver() -> str:
+    """Version of the driver, "" where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.splitlines()[0].strip() if found.returncode == 0 and found.stdout else ""
+
+
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores, load and the versions of what is timed."""
+    """Processor, cores, load, the GPU where that is what computes, and the versions of what is timed."""
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
     versions = {}
@@ -31,8 +44,11 @@ def describe_machine() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
+    on_gpu = jax.default_backend() == "gpu"
+    gpu = {"device": jax.local_devices()[0].device_kind, "driver": nvidia_driver()} if on_gpu else {}
     return {
         "backend": jax.default_backend(),
+        **gpu,
         "processor": names[0] if names else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),
@@ -48,15 +64,26 @@ def read_rows(output: Path) -> list[dict[str, Any]]:
 
 
 def merge_rows(old: Iterable[dict[str, Any]], new: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All of ``new``, and of ``old`` what was not measured again, in the order of the ids (C2 before C10)."""
-    new = list(new)
-    measured = {(row["id"], row["what"]) for row in new}
-    rows = [row for row in old if (row["id"], row["what"]) not in measured] + new
-    return sorted(rows, key=lambda row: int(row["id"][1:]))
+    """All of ``new``, and of ``old`` what was not measured again, in the order of the ids (C2, C10; G1, G1b, G2).
+
+    A row that is measured again keeps its place among those of its id.
+    """
+    rows = {(row["id"], row["what"]): row for row in (*old, *new)}
+    return sorted(rows.values(), key=lambda row: _id_order(row["id"]))
+
+
+def _id_order(name: str) -> tuple[int, str]:
+    number = re.sub(r"\D", "", name)
+    return int(number), name.rpartition(number)[2]
 
 
 def is_met(row: dict[str, Any]) -> bool | None:
-    """Whether the figure is as "must" says ("<= 1.25", ">= 2.5", "0.98 to 1.02"); None where it is only reported."""
+    """Whether the figure is as "must" says ("<= 1.25", ">= 2.5", "0.98 to 1.02").
+
+    None where it is only reported, or not there.
+    """
+    if row["figure"] is None:
+        return None
     found = re.fullmatch(r"(<=|>=) ([\d.]+)", row["must"])
     if found:
         limit = float(found[2])
@@ -65,7 +92,9 @@ def is_met(row: dict[str, Any]) -> bool | None:
     return float(found[1]) <= row["figure"] <= float(found[2]) if found else None
 
 
-def _figure(value: float) -> str:
+def _figure(value: float | None) -> str:
+    if value is None:
+        return ""
     return f"{value:.1e}" if 0 < abs(value) < 0.01 else f"{value:.3f}"
 
 
@@ -86,7 +115,7 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
         own = [row for row in rows if row["command"] == command]
         ids = ", ".join(dict.fromkeys(row["id"] for row in own))
         lines += ["", f"{ids}: `{command}`"]
-        for machine in dict.fromkeys(json.dumps(row["machine"]) for row in own):
+        for machine in dict.fromkeys(json.dumps(row["machine"]) for row in own if row["machine"]):
             about = ", ".join(f"{name} {value}" for name, value in json.loads(machine).items())
             lines += ["", f"on {about}"]
     return "\n".join(lines) + "\n"

@@ -14,10 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import math
-import os
-import platform
 import statistics
 import time
 from collections.abc import Sequence
@@ -27,6 +24,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import tables
 
 from mor_jax.cli.calibration import Batches, merge_batches
 from mor_jax.cli.demo import run
@@ -214,23 +212,6 @@ def table(rows: list[dict[str, Any]], seconds: dict[str, float]) -> list[str]:
     return lines + [f"| {name} | {1000 * value / NEW_TOKENS:.2f} |" for name, value in seconds.items()]
 
 
-def write(output: Path, command: str, settings: dict[str, Any], body: list[str], data: dict[str, Any]) -> None:
-    """`output`.md and `output`.json with command, settings, machine and versions."""
-    facts = {
-        "command": command,
-        "settings": settings,
-        "machine": {"backend": jax.default_backend(), "cores": os.cpu_count(), "processor": platform.machine()},
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
-    }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    notes = [str(facts[name]) for name in ("settings", "machine", "versions")]
-    text = ["# Merges of a routed MoR", "", f"`{command}`", "", *body, "", *notes]
-    for suffix, content in ((".md", "\n".join(text)), (".json", json.dumps(facts | data, indent=1))):
-        beside = output.with_name(f".{output.name}.partial{suffix}")
-        beside.write_text(content + "\n", encoding="utf-8")
-        os.replace(beside, output.with_suffix(suffix))
-
-
 def main() -> None:
     """Measures every merge of one run and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -249,7 +230,8 @@ def main() -> None:
     rows = compare(subject, arguments.ranks, arguments.steps, arguments.learning_rate)
     seconds = latency(subject, arguments.ranks[0])
     settings = {name: getattr(arguments, name) for name in ("seed", "ranks", "steps", "learning_rate")}
-    write(arguments.output, command, settings, table(rows, seconds), {"rows": rows, "latency": seconds})
+    title = "Merges of a routed MoR"
+    tables.write(arguments.output, title, command, settings, table(rows, seconds), {"rows": rows, "latency": seconds})
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from jax import Array
 
 from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site
 from mor_jax.adapters.diagonal import DiagonalLoRA
-from mor_jax.adapters.rules import Event, EventCall, EventResult, UpdateTransform
+from mor_jax.adapters.rules import Event, EventCall, EventResult, UpdateTransform, split_sites, stack_sites
 
 INIT_STD = 0.02
 
@@ -71,22 +71,20 @@ class CutBudget(Event):
 
     def apply(self, call: EventCall) -> EventResult:
         """E is 0 outside the budget; at ``end`` the mask is too."""
-        scores = {path: self._scores(call, path) for path in call.leaves}
-        flat = jnp.concatenate([score.ravel() for score in scores.values()])
-        count = flat.size // self.initial_rank
+        scores = stack_sites({path: self._scores(call, path) for path in call.leaves})
+        count = len(scores)
         table = np.array(
             [self.budget(number * self.interval, count) for number in range(self.end // self.interval + 1)]
         )
         final = call.step >= self.end
         budget = jnp.where(final, self.rank * count, jnp.asarray(table, jnp.int32)[call.step // self.interval])
-        kept = jnp.argsort(jnp.argsort(-flat)) < budget
-        leaves, start = {}, 0
-        for path, own in call.leaves.items():
-            e = own.params["e"]
-            keep = kept[start : start + e.size].reshape(e.shape)
-            start += e.size
+        place = jnp.argsort(jnp.argsort(-scores.ravel())).reshape(scores.shape)
+        leaves = {}
+        for path, keep in split_sites(place < budget, call.leaves).items():
+            own = call.leaves[path]
             mask = jnp.where(final, keep.astype(jnp.float32), own.state["mask"])
-            leaves[path] = own._replace(params={**own.params, "e": jnp.where(keep, e, 0.0)}, state={"mask": mask})
+            params = {**own.params, "e": jnp.where(keep, own.params["e"], 0.0)}
+            leaves[path] = own._replace(params=params, state={"mask": mask})
         return EventResult(leaves, call.state, report={"budget": budget})
 
     def _scores(self, call: EventCall, path: str) -> Array:
@@ -102,6 +100,7 @@ class AdaLoRA(DiagonalLoRA):
     name: ClassVar[str] = "adalora"
     title: ClassVar[str] = "AdaLoRA"
     paper: ClassVar[str] = "2303.10512"
+    trained_weight: ClassVar[str] = "e"
 
     rank: int = 8  # mean rank at the end
     initial_rank: int = 0  # at the start; 0 is half as much again as rank
@@ -156,11 +155,3 @@ class AdaLoRA(DiagonalLoRA):
         start = int(self.start_fraction * total_steps)
         end = max(start + 1, total_steps - int(self.final_fraction * total_steps))
         return Sensitivity(self.decay), CutBudget(self.width, self.rank, start, end, self.interval)
-
-    def num_params(self, site: Site) -> int:
-        """width (in + out + 1) a layer, as at the start."""
-        return super().num_params(site) + site.num_layers * self.width
-
-    def logical_axes(self, site: Site) -> dict[str, tuple[str | None, ...]]:
-        """a follows the kernel's inputs, b its outputs."""
-        return {**super().logical_axes(site), "e": (None,)}

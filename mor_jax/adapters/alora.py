@@ -25,17 +25,14 @@ from jax import Array
 
 from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site, kaiming_uniform
 from mor_jax.adapters.diagonal import DiagonalLoRA
-from mor_jax.adapters.rules import Event, EventCall, EventResult, SiteLeaves
+from mor_jax.adapters.low_rank import start_factors
+from mor_jax.adapters.rules import Event, EventCall, EventResult, SiteLeaves, split_sites, stack_sites
 
 
 def with_gamma(leaves: SiteLeaves, gamma: Array) -> SiteLeaves:
     """Leaves whose gammas are the rows of ``gamma``: (sites, width), in the order of the paths and their layers."""
-    changed, start = {}, 0
-    for path, own in leaves.items():
-        count = own.state["gamma"].shape[0]
-        changed[path] = own._replace(state={**own.state, "gamma": gamma[start : start + count]})
-        start += count
-    return changed
+    rows = split_sites(gamma, leaves)
+    return {path: own._replace(state={**own.state, "gamma": rows[path]}) for path, own in leaves.items()}
 
 
 def ablation_scores(gamma: Array, score: Callable[[Array], Array]) -> Array:
@@ -89,11 +86,11 @@ class ReallocateRanks(Event):
 
     def apply(self, call: EventCall) -> EventResult:
         """Writes gamma and the new ranks' factors and moments."""
-        gamma = jnp.concatenate([own.state["gamma"] for own in call.leaves.values()])
+        gamma = stack_sites({path: own.state["gamma"] for path, own in call.leaves.items()})
         scores = ablation_scores(gamma, lambda gamma: call.score(with_gamma(call.leaves, gamma)))
         pruned, new = reallocate(gamma, scores, self.count)
         leaves = with_gamma(call.leaves, ((gamma > 0) & ~pruned | new).astype(jnp.float32))
-        fresh = {path: own.state["gamma"] > 0 for path, own in with_gamma(call.leaves, new).items()}
+        fresh = split_sites(new, call.leaves)
         for path, own in leaves.items():
             a, b = own.params["a"], own.params["b"]
             start = kaiming_uniform(jax.random.fold_in(call.key, zlib.crc32(path.encode())), a.shape[1], a.shape)
@@ -145,9 +142,8 @@ class ALoRA(DiagonalLoRA):
 
     def init(self, key: Array, site: Site, layer: Array, kernel: Kernel) -> Leaves:
         """{"a": (in, width) uniform, "b": (width, out) zero}; state {"gamma": (width,)}, 1 for the first ``rank``."""
-        a = kaiming_uniform(key, site.in_features, (site.in_features, self.width))
         gamma = (jnp.arange(self.width) < self.rank).astype(jnp.float32)
-        return Leaves({"a": a, "b": jnp.zeros((self.width, site.out_features), jnp.float32)}, {"gamma": gamma})
+        return Leaves(start_factors(key, site, self.width), {"gamma": gamma})
 
     def rank_weights(self, leaves: Leaves, inputs: AdapterInputs) -> Array:
         """gamma."""

@@ -50,30 +50,6 @@ def _expand_backward(kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]
 expand.defvjp(lambda z, b: (jnp.matmul(z, b), (z, b)), _expand_backward)
 
 
-def constants_key(seed: int, *identifiers: int | Array) -> Array:
-    """A key for constants that are rebuilt instead of saved: threefry2x32 whatever the user's default generator is."""
-    key = jax.random.key(seed, impl="threefry2x32")
-    for identifier in identifiers:
-        key = jax.random.fold_in(key, identifier)
-    return key
-
-
-def rebuildable_uniform(key: Array, bound: float, shape: tuple[int, ...]) -> Array:
-    """U(-bound, bound), float32, bit-equal on every device: the only inexact operation is one multiplication."""
-    return bound * jax.random.uniform(key, shape, jnp.float32, -1.0, 1.0)
-
-
-def rebuildable_normal(key: Array, std: float, shape: tuple[int, ...]) -> Array:
-    """N(0, std^2) to a good approximation, float32, bit-equal on every device.
-
-    The sum of twelve uniform bytes, centred: whole numbers and one multiplication. ``jax.random.normal`` goes through
-    a polynomial that compilers round differently, so its values could not be compared by their checksum.
-    """
-    words = jax.random.bits(key, (*shape, 3), jnp.uint32)
-    total = sum((words >> shift) & 255 for shift in (0, 8, 16, 24)).astype(jnp.int32).sum(-1)  # pyright: ignore[reportAttributeAccessIssue]
-    return (2 * total - 12 * 255).astype(jnp.float32) * (std / (2 * 65535**0.5))
-
-
 @dataclass(frozen=True)
 class Site:
     """One linear map of a model, known statically.
@@ -220,6 +196,12 @@ class Adapter:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{type(self).__name__}.{name} must be positive, got {getattr(self, name)}")
 
+    def require_choice(self, name: str, *allowed: str) -> None:
+        """Raises ValueError unless the field ``name`` is one of ``allowed``."""
+        if getattr(self, name) not in allowed:
+            known = ", ".join(allowed)
+            raise ValueError(f"{type(self).__name__}.{name} must be one of {known}, got {getattr(self, name)!r}")
+
     @property
     def gate_block(self) -> str | None:
         """Regular expression of the module whose input decides the gate; None: the site itself."""
@@ -314,6 +296,14 @@ class Adapter:
             inputs: What is known of the batch.
         """
         raise TypeError(f"{type(self).__name__} must define delta")
+
+    def output(self, leaves: Leaves, x: Array, kernel: Kernel, inputs: AdapterInputs) -> Array | None:
+        """Base output and change in one, (..., out) less the bias, where that is cheaper than their sum; else None.
+
+        The same number as ``x @ kernel + delta``, in whose place it may be taken: the base's own product is then not
+        computed. x is (..., in) itself, in the dtype of the result.
+        """
+        return None
 
     def num_params(self, site: Site) -> int:
         """Trained parameters of a site over all its layers, gates at blocks apart."""

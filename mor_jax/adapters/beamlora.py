@@ -22,9 +22,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site, kaiming_uniform
+from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site
 from mor_jax.adapters.diagonal import DiagonalLoRA
-from mor_jax.adapters.rules import Event, EventCall, EventResult, SiteArrays, SiteLeaves
+from mor_jax.adapters.low_rank import start_factors
+from mor_jax.adapters.rules import Event, EventCall, EventResult, SiteArrays, SiteLeaves, split_sites, stack_sites
 
 
 def pruned_counts(weights: Array, threshold: Array) -> Array:
@@ -96,28 +97,24 @@ class ExpandStrong(Event):
     def apply(self, call: EventCall) -> EventResult:
         """Remembers or moves, by the step."""
         move = call.step % self.interval == 0
-        gammas = jnp.concatenate([own.params["gamma"] for own in call.leaves.values()])
+        gammas = stack_sites({path: own.params["gamma"] for path, own in call.leaves.items()})
         weights = self.rank * jax.nn.softmax(gammas / self.temperature, axis=-1)
         counts = jnp.where(move, pruned_counts(weights, self.threshold(call.step)), 0)
-        sources, partners = jax.vmap(pair_ranks)(jax.random.split(call.key, len(weights)), weights, counts)
-        leaves, state, pairs, start = {}, {}, {}, 0
+        pairs = jax.vmap(pair_ranks)(jax.random.split(call.key, len(weights)), weights, counts)
+        sources, partners = (split_sites(each, call.leaves) for each in pairs)
+        leaves, state = {}, {}
         for path, own in call.leaves.items():
-            rows = slice(start, start + own.params["gamma"].shape[0])
-            source, partner = pairs[path] = sources[rows], partners[rows]
-            start, history, params = rows.stop, call.state[path], dict(own.params)
-            for leaf in ("a", "b"):
-                params[leaf] = copy_ranks(leaf, own.params[leaf], source, history[leaf])
-            gamma = own.params["gamma"]
+            partner, history, gamma = partners[path], call.state[path], own.params["gamma"]
+            params = {leaf: copy_ranks(leaf, own.params[leaf], sources[path], history[leaf]) for leaf in ("a", "b")}
             mean = (gamma + jnp.take_along_axis(gamma, partner, 1)) / 2
             params["gamma"] = jnp.where(partner == jnp.arange(self.rank), gamma, mean)
             leaves[path] = own._replace(params=params)
             state[path] = {leaf: jnp.where(move, history[leaf], own.params[leaf]) for leaf in ("a", "b")}
 
         def moments(path: str, leaf: str, moment: Array) -> Array:
-            source, partner = pairs[path]
             if leaf == "gamma":
-                return jnp.where(partner == jnp.arange(self.rank), moment, jnp.zeros_like(moment))
-            return copy_ranks(leaf, moment, source, moment)
+                return jnp.where(partners[path] == jnp.arange(self.rank), moment, jnp.zeros_like(moment))
+            return copy_ranks(leaf, moment, sources[path], moment)
 
         return EventResult(leaves, state, moments, {"moved": counts.sum()})
 
@@ -129,6 +126,7 @@ class BeamLoRA(DiagonalLoRA):
     name: ClassVar[str] = "beamlora"
     title: ClassVar[str] = "BeamLoRA"
     paper: ClassVar[str] = "2502.13604"
+    trained_weight: ClassVar[str] = "gamma"
 
     alpha: float = 16.0  # numerator of the scale s = alpha / rank
     temperature: float = 0.05  # tau
@@ -153,9 +151,7 @@ class BeamLoRA(DiagonalLoRA):
 
     def init(self, key: Array, site: Site, layer: Array, kernel: Kernel) -> Leaves:
         """{"a": (in, rank) uniform, "b": (rank, out) zero, "gamma": (rank,) zero}, float32."""
-        a = kaiming_uniform(key, site.in_features, (site.in_features, self.rank))
-        b = jnp.zeros((self.rank, site.out_features), jnp.float32)
-        return Leaves({"a": a, "b": b, "gamma": jnp.zeros(self.rank, jnp.float32)})
+        return Leaves({**start_factors(key, site, self.rank), "gamma": jnp.zeros(self.rank, jnp.float32)})
 
     def rank_weights(self, leaves: Leaves, inputs: AdapterInputs) -> Array:
         """s p, which sums to alpha."""
@@ -166,11 +162,3 @@ class BeamLoRA(DiagonalLoRA):
         interval = self.interval or max(2, round(total_steps / 12))
         end = self.end_fraction * total_steps
         return (ExpandStrong(interval, total_steps, self.rank, self.temperature, self.first_share, end),)
-
-    def num_params(self, site: Site) -> int:
-        """rank (in + out + 1) a layer."""
-        return super().num_params(site) + site.num_layers * self.rank
-
-    def logical_axes(self, site: Site) -> dict[str, tuple[str | None, ...]]:
-        """a follows the kernel's inputs, b its outputs."""
-        return {**super().logical_axes(site), "gamma": (None,)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jax import Array
 
@@ -12,6 +13,8 @@ from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, Site, 
 @dataclass(frozen=True, kw_only=True)
 class DiagonalLoRA(Adapter):
     """Interface of methods with a: (in, width), b: (width, out) and w: (width,); they define init and rank_weights."""
+
+    trained_weight: ClassVar[str] = ""  # name of the trained leaf (width,) that w is made of, where there is one
 
     rank: int = 8  # columns of a, rows of b
 
@@ -48,8 +51,8 @@ class DiagonalLoRA(Adapter):
         return expand(x.astype(dtype), weighted.astype(dtype))
 
     def num_params(self, site: Site) -> int:
-        """width (in + out) a layer."""
-        return site.num_layers * self.width * (site.in_features + site.out_features)
+        """width (in + out) a layer, and width more where w is trained."""
+        return site.num_layers * self.width * (site.in_features + site.out_features + bool(self.trained_weight))
 
     def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
         """W + a (w * b), exactly."""
@@ -58,4 +61,5 @@ class DiagonalLoRA(Adapter):
 
     def logical_axes(self, site: Site) -> dict[str, tuple[str | None, ...]]:
         """a follows the kernel's inputs, b its outputs."""
-        return {"a": ("in", None), "b": (None, "out")}
+        axes = {"a": ("in", None), "b": (None, "out")}
+        return {**axes, self.trained_weight: (None,)} if self.trained_weight else axes

@@ -14,35 +14,21 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, Site, expand, kaiming_uniform
+from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site, expand
+from mor_jax.adapters.low_rank import LowRank, start_factors
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoRA(Adapter):
+class DoRA(LowRank):
     """Weight-decomposed low-rank adaptation."""
 
     name: ClassVar[str] = "dora"
     title: ClassVar[str] = "DoRA"
     paper: ClassVar[str] = "2402.09353"
 
-    rank: int = 8  # columns of a, rows of b
-    alpha: float = 16.0  # numerator of the scale s = alpha / rank
-
-    def __post_init__(self) -> None:
-        """Raises ValueError naming the field that is out of range."""
-        super().__post_init__()
-        self.require_positive("rank", "alpha")
-
-    @property
-    def scale(self) -> float:
-        """s."""
-        return self.alpha / self.rank
-
     def init(self, key: Array, site: Site, layer: Array, kernel: Kernel) -> Leaves:
         """{"a": (in, rank), "b": (rank, out), "m": (out,)}, float32: a uniform, b 0, m the column norms of W."""
-        a = kaiming_uniform(key, site.in_features, (site.in_features, self.rank))
-        b = jnp.zeros((self.rank, site.out_features), jnp.float32)
-        return Leaves({"a": a, "b": b, "m": kernel.column_norm()})
+        return Leaves({**start_factors(key, site, self.rank), "m": kernel.column_norm()})
 
     def input_factor(self, leaves: Leaves) -> Array:
         """a: (in, rank)."""
@@ -77,7 +63,7 @@ class DoRA(Adapter):
 
     def num_params(self, site: Site) -> int:
         """rank (in + out) + out a layer."""
-        return site.num_layers * (self.rank * (site.in_features + site.out_features) + site.out_features)
+        return super().num_params(site) + site.num_layers * site.out_features
 
     def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
         """m V / ||V|| with V = W + s a b, exactly."""
@@ -87,4 +73,4 @@ class DoRA(Adapter):
 
     def logical_axes(self, site: Site) -> dict[str, tuple[str | None, ...]]:
         """a follows the kernel's inputs, b and m its outputs."""
-        return {"a": ("in", None), "b": (None, "out"), "m": ("out",)}
+        return {**super().logical_axes(site), "m": ("out",)}

@@ -20,9 +20,10 @@ from typing import ClassVar, Literal
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, Site, kaiming_uniform
+from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, Site
 from mor_jax.adapters.diagonal import DiagonalLoRA
 from mor_jax.adapters.lora import LoRA
+from mor_jax.adapters.low_rank import start_factors
 from mor_jax.adapters.rules import UpdateTransform
 
 
@@ -83,8 +84,7 @@ class DyLoRA(DiagonalLoRA):
 
     def init(self, key: Array, site: Site, layer: Array, kernel: Kernel) -> Leaves:
         """{"a": (in, rank) uniform, "b": (rank, out) zero}, float32."""
-        a = kaiming_uniform(key, site.in_features, (site.in_features, self.rank))
-        return Leaves({"a": a, "b": jnp.zeros((self.rank, site.out_features), jnp.float32)})
+        return Leaves(start_factors(key, site, self.rank))
 
     def rank_weights(self, leaves: Leaves, inputs: AdapterInputs) -> Array:
         """alpha / k for the first k = ``inputs.rank`` ranks (all where no rank is given), 0 for the rest."""

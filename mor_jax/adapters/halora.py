@@ -17,29 +17,21 @@ asked for: it is exact, but moves the adapter onto the noisy memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters.base import (
-    Adapter,
-    AdapterInputs,
-    Kernel,
-    Leaves,
-    NotMergeable,
-    Site,
-    constants_key,
-    expand,
-    kaiming_uniform,
-)
+from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, NotMergeable, Site, expand
+from mor_jax.adapters.constants import constants_key
+from mor_jax.adapters.low_rank import LowRank, start_factors
 
 TILE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class HaLoRA(Adapter):
+class HaLoRA(LowRank):
     """Hardware-aware low-rank adaptation."""
 
     name: ClassVar[str] = "halora"
@@ -59,13 +51,12 @@ class HaLoRA(Adapter):
     def __post_init__(self) -> None:
         """Raises ValueError naming the field that is out of range."""
         super().__post_init__()
-        self.require_positive("rank", "alpha", "noise_steps")
+        self.require_positive("noise_steps")
         for name in ("sigma", "penalty_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"HaLoRA.{name} must not be negative, got {getattr(self, name)}")
-        for name, allowed in (("noise_unit", ("absolute", "tile_max")), ("norm", ("spectral", "frobenius"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"HaLoRA.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        self.require_choice("noise_unit", "absolute", "tile_max")
+        self.require_choice("norm", "spectral", "frobenius")
 
     @property
     def rule(self) -> str:
@@ -77,24 +68,17 @@ class HaLoRA(Adapter):
         """Merging must be asked for."""
         return "" if self.mergeable else "mergeable=true"
 
-    @property
-    def scale(self) -> float:
-        """s."""
-        return self.alpha / self.rank
-
     def init(self, key: Array, site: Site, layer: Array, kernel: Kernel) -> Leaves:
         """{"a": (in, rank), "b": (rank, out)}, a uniform and b 0; constant {"place": (2,) int32}, site and layer."""
-        a = kaiming_uniform(key, site.in_features, (site.in_features, self.rank))
-        b = jnp.zeros((self.rank, site.out_features), jnp.float32)
         place = jnp.stack([jnp.int32(site.identifier), jnp.asarray(layer + site.first_layer, jnp.int32)])
-        return Leaves({"a": a, "b": b}, {}, {"place": place})
+        return Leaves(start_factors(key, site, self.rank), {}, {"place": place})
 
-    def noise(self, leaves: Leaves, kernel: Kernel, step: Array, dtype=jnp.float32) -> Array:
-        """nu: (in, out) of ``dtype``, the same for all steps of one epoch of ``noise_steps``."""
+    def noise(self, leaves: Leaves, kernel: Kernel, step: Array) -> Array:
+        """nu: (in, out) float32, the same for all steps of one epoch of ``noise_steps``."""
         place = leaves.constants["place"]
         key = constants_key(self.seed, place[0], place[1], jnp.asarray(step) // self.noise_steps)
-        noise = self.sigma * jax.random.normal(key, kernel.shape, dtype)
-        return noise * tile_max(kernel.dense()).astype(dtype) if self.noise_unit == "tile_max" else noise
+        noise = self.sigma * jax.random.normal(key, kernel.shape, jnp.float32)
+        return noise * tile_max(kernel.dense()) if self.noise_unit == "tile_max" else noise
 
     def delta(
         self,
@@ -107,11 +91,22 @@ class HaLoRA(Adapter):
     ) -> Array:
         """s (x a) b, and x nu while ``inputs.noise_step`` is given, for x: (..., in), as (..., out)."""
         dtype = base_output.dtype
-        hidden = jnp.matmul(x, leaves.params["a"].astype(x.dtype), preferred_element_type=jnp.float32)
-        change = expand(hidden.astype(dtype), (leaves.params["b"] * self.scale).astype(dtype))
+        change = self._low_rank(leaves, x, dtype)
         if inputs.noise_step is None or not self.sigma:
             return change
-        return change + x.astype(dtype) @ self.noise(leaves, kernel, inputs.noise_step, dtype)
+        return change + x.astype(dtype) @ self.noise(leaves, kernel, inputs.noise_step).astype(dtype)
+
+    def output(self, leaves: Leaves, x: Array, kernel: Kernel, inputs: AdapterInputs) -> Array | None:
+        """x (W + nu) + s (x a) b while ``inputs.noise_step`` is given: one product with the kernel instead of two."""
+        if inputs.noise_step is None or not self.sigma:
+            return None
+        noisy = kernel.dense() + self.noise(leaves, kernel, inputs.noise_step)
+        return x @ noisy.astype(x.dtype) + self._low_rank(leaves, x, x.dtype)
+
+    def _low_rank(self, leaves: Leaves, x: Array, dtype: Any) -> Array:
+        """s (x a) b, (..., out) of ``dtype``."""
+        hidden = jnp.matmul(x, leaves.params["a"].astype(x.dtype), preferred_element_type=jnp.float32)
+        return expand(hidden.astype(dtype), (leaves.params["b"] * self.scale).astype(dtype))
 
     def penalty(self, leaves: Leaves) -> Array | None:
         """mu (||a^T a|| + ||b b^T||) of one layer, float32; its gradient at b = 0 is 0."""
@@ -120,10 +115,6 @@ class HaLoRA(Adapter):
         a, b = leaves.params["a"], leaves.params["b"]
         norm = spectral_norm if self.norm == "spectral" else frobenius_norm
         return self.penalty_weight * (norm(a.T @ a) + norm(b @ b.T))
-
-    def num_params(self, site: Site) -> int:
-        """rank (in + out) a layer."""
-        return site.num_layers * self.rank * (site.in_features + site.out_features)
 
     def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
         """W + s a b, exactly.
@@ -137,10 +128,6 @@ class HaLoRA(Adapter):
                 "or set mergeable=True"
             )
         return kernel.replace(kernel.dense() + self.scale * leaves.params["a"] @ leaves.params["b"])
-
-    def logical_axes(self, site: Site) -> dict[str, tuple[str | None, ...]]:
-        """a follows the kernel's inputs, b its outputs."""
-        return {"a": ("in", None), "b": (None, "out")}
 
 
 def tile_max(kernel: Array) -> Array:

@@ -13,33 +13,27 @@ from typing import ClassVar, Literal
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, Site, expand, kaiming_uniform
+from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site, expand, kaiming_uniform
+from mor_jax.adapters.low_rank import LowRank, start_factors
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA(Adapter):
+class LoRA(LowRank):
     """Low-rank adaptation: s (x a) b with s = alpha / rank."""
 
     name: ClassVar[str] = "lora"
     title: ClassVar[str] = "LoRA"
     paper: ClassVar[str] = "2106.09685"
 
-    rank: int = 8  # columns of a, rows of b
-    alpha: float = 16.0  # numerator of the scale
     zero: Literal["a", "b"] = "b"  # which factor starts at zero
     learning_rate_ratio: float = 1.0  # learning rate of b over that of a (LoRA+)
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field that is out of range."""
         super().__post_init__()
-        self.require_positive("rank", "alpha", "learning_rate_ratio")
+        self.require_positive("learning_rate_ratio")
         if self.zero not in ("a", "b"):
             raise ValueError(f"{type(self).__name__}.zero must be 'a' or 'b', got {self.zero!r}")
-
-    @property
-    def scale(self) -> float:
-        """s."""
-        return self.alpha / self.rank
 
     @property
     def learning_rate_ratios(self) -> dict[str, float]:
@@ -48,13 +42,11 @@ class LoRA(Adapter):
 
     def init(self, key: Array, site: Site, layer: Array, kernel: Kernel) -> Leaves:
         """{"a": (in, rank), "b": (rank, out)}, float32, one of them uniform in its fan-in and the other 0."""
-        a = jnp.zeros((site.in_features, self.rank), jnp.float32)
-        b = jnp.zeros((self.rank, site.out_features), jnp.float32)
-        if self.zero == "b":
-            a = kaiming_uniform(key, site.in_features, a.shape)
-        else:
-            b = kaiming_uniform(key, self.rank, b.shape)
-        return Leaves({"a": a, "b": b})
+        params = start_factors(key, site, self.rank)
+        if self.zero == "a":
+            b = kaiming_uniform(key, self.rank, params["b"].shape)
+            params = {"a": jnp.zeros_like(params["a"]), "b": b}
+        return Leaves(params)
 
     def input_factor(self, leaves: Leaves) -> Array:
         """a: (in, rank)."""
@@ -73,17 +65,9 @@ class LoRA(Adapter):
         dtype = base_output.dtype
         return expand(x.astype(dtype), (leaves.params["b"] * self.scale).astype(dtype))
 
-    def num_params(self, site: Site) -> int:
-        """rank (in + out) a layer."""
-        return site.num_layers * self.rank * (site.in_features + site.out_features)
-
     def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
         """W + s a b, exactly."""
         return kernel.replace(kernel.dense() + self.scale * leaves.params["a"] @ leaves.params["b"])
-
-    def logical_axes(self, site: Site) -> dict[str, tuple[str | None, ...]]:
-        """a follows the kernel's inputs, b its outputs."""
-        return {"a": ("in", None), "b": (None, "out")}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,29 +19,19 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters.base import (
-    Adapter,
-    AdapterInputs,
-    Kernel,
-    Leaves,
-    Site,
-    constants_key,
-    expand,
-    kaiming_uniform,
-    rebuildable_normal,
-)
+from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site, expand, kaiming_uniform
+from mor_jax.adapters.constants import constants_key, rebuildable_normal
+from mor_jax.adapters.low_rank import LowRank
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAMini(Adapter):
+class LoRAMini(LowRank):
     """LoRA with frozen outer and trained inner factors."""
 
     name: ClassVar[str] = "lora_mini"
     title: ClassVar[str] = "LoRA-Mini"
     paper: ClassVar[str] = "2411.15804"
 
-    rank: int = 8  # columns of a, rows of b
-    alpha: float = 16.0  # numerator of the scale s = alpha / rank
     inner_in: int = 256  # m, columns of the frozen A
     inner_out: int = 256  # n, rows of the frozen B
     seed: int = 0  # of the frozen factors, apart from the run's own seed
@@ -49,12 +39,7 @@ class LoRAMini(Adapter):
     def __post_init__(self) -> None:
         """Raises ValueError naming the field that is out of range."""
         super().__post_init__()
-        self.require_positive("rank", "alpha", "inner_in", "inner_out")
-
-    @property
-    def scale(self) -> float:
-        """s."""
-        return self.alpha / self.rank
+        self.require_positive("inner_in", "inner_out")
 
     def init(self, key: Array, site: Site, layer: Array, kernel: Kernel) -> Leaves:
         """Trained {"a": (m, rank), "b": (rank, n)}, constants {"outer_a": (in, m), "outer_b": (n, out)}, float32."""

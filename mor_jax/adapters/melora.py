@@ -3,7 +3,8 @@
     y = x W + concat_i s (x_i a_i) b_i        a_i: (in / n, r), b_i: (r, out / n), s = alpha / r
 
 The change is block diagonal, so n mini LoRAs of rank r reach rank n r with the r (in + out) parameters of *one* LoRA of
-rank r. n = 1 is LoRA.
+rank r. n = 1 is LoRA. It is computed as the LoRA of rank n r that it is, with a and b laid out block diagonally once a
+step: x is read once, beside its other readers, where a matmul for each slice would copy x and y in pieces.
 
 From the paper and its code: all of the above, a uniform in the fan-in in / n, b 0, so the model starts unchanged. Ours:
 the defaults n = 2, r = 8, alpha = 16.
@@ -17,11 +18,12 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, Site, kaiming_uniform
+from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site, expand, kaiming_uniform
+from mor_jax.adapters.low_rank import LowRank
 
 
 @dataclass(frozen=True, kw_only=True)
-class MELoRA(Adapter):
+class MELoRA(LowRank):
     """Mini-ensemble of low-rank adapters."""
 
     name: ClassVar[str] = "melora"
@@ -29,18 +31,12 @@ class MELoRA(Adapter):
     paper: ClassVar[str] = "2402.17263"
 
     rank: int = 8  # of each mini LoRA
-    alpha: float = 16.0  # numerator of the scale s = alpha / rank
     num_minis: int = 2  # n, which divides in and out of every site
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field that is out of range."""
         super().__post_init__()
-        self.require_positive("rank", "alpha", "num_minis")
-
-    @property
-    def scale(self) -> float:
-        """s."""
-        return self.alpha / self.rank
+        self.require_positive("num_minis")
 
     def _slices(self, site: Site) -> tuple[int, int]:
         """(in / n, out / n).
@@ -66,6 +62,17 @@ class MELoRA(Adapter):
         a = kaiming_uniform(key, rows, (self.num_minis, rows, self.rank))
         return Leaves({"a": a, "b": jnp.zeros((self.num_minis, self.rank, columns), jnp.float32)})
 
+    def input_factor(self, leaves: Leaves) -> Array:
+        """a block diagonally: (in, n rank)."""
+        return self.prepare(leaves).params["down"]
+
+    def prepare(self, leaves: Leaves, kernel: Kernel | None = None) -> Leaves:
+        """Adds a and s b block diagonally: "down": (in, n rank) and "up": (n rank, out)."""
+        if "down" in leaves.params:
+            return leaves
+        down, up = block_diagonal(leaves.params["a"]), block_diagonal(self.scale * leaves.params["b"])
+        return leaves._replace(params={**leaves.params, "down": down, "up": up})
+
     def delta(
         self,
         leaves: Leaves,
@@ -75,11 +82,9 @@ class MELoRA(Adapter):
         gates: Array | None,
         inputs: AdapterInputs,
     ) -> Array:
-        """concat_i s (x_i a_i) b_i for x: (..., in), as (..., out)."""
-        a, b, dtype = leaves.params["a"], leaves.params["b"] * self.scale, base_output.dtype
-        slices = x.reshape(*x.shape[:-1], self.num_minis, -1)
-        hidden = jnp.einsum("...ni,nir->...nr", slices.astype(dtype), a.astype(dtype))
-        return jnp.einsum("...nr,nro->...no", hidden, b.astype(dtype)).reshape(*x.shape[:-1], -1)
+        """concat_i s (x_i a_i) b_i for x "down": (..., n rank), as (..., out)."""
+        dtype = base_output.dtype
+        return expand(x.astype(dtype), self.prepare(leaves).params["up"].astype(dtype))
 
     def num_params(self, site: Site) -> int:
         """rank (in + out) a layer, whatever n.
@@ -92,12 +97,15 @@ class MELoRA(Adapter):
 
     def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
         """W plus the block-diagonal matrix of the s a_i b_i, exactly."""
-        count, (rows, columns) = self.num_minis, kernel.shape
-        blocks = self.scale * leaves.params["a"] @ leaves.params["b"]
-        own = jnp.arange(count)
-        change = jnp.zeros((count, rows // count, count, columns // count)).at[own, :, own, :].set(blocks)
-        return kernel.replace(kernel.dense() + change.reshape(rows, columns))
+        return kernel.replace(kernel.dense() + block_diagonal(self.scale * leaves.params["a"] @ leaves.params["b"]))
 
     def logical_axes(self, site: Site) -> dict[str, tuple[str | None, ...]]:
         """The slices of in and out are cut by mini LoRA, so no axis follows the kernel's."""
         return {"a": (None, None, None), "b": (None, None, None)}
+
+
+def block_diagonal(blocks: Array) -> Array:
+    """(..., n, rows, columns) as (..., n rows, n columns), 0 outside of the blocks."""
+    count, rows, columns = blocks.shape[-3:]
+    apart = blocks[..., :, :, None, :] * jnp.eye(count, dtype=blocks.dtype)[:, None, :, None]
+    return apart.reshape(*blocks.shape[:-3], count * rows, count * columns)

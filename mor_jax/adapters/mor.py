@@ -20,14 +20,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, NotMergeable, Site, expand, kaiming_uniform
+from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, NotMergeable, Site, expand
+from mor_jax.adapters.low_rank import LowRank, start_factors
 from mor_jax.adapters.routing import gate_statistics, softmax_gates, switch_balance
 
 ROUTER_STD = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoR(Adapter):
+class MoR(LowRank):
     """Mixture of Ranks."""
 
     name: ClassVar[str] = "mor"
@@ -35,7 +36,6 @@ class MoR(Adapter):
     paper: ClassVar[str] = "2410.13408"
 
     rank: int = 8  # columns of a, rows of b; the paper's ablation optimum is 32
-    alpha: float = 16.0  # numerator of the scale s = alpha / rank
     num_experts: int = 8  # N, the ablation optimum
     router: Literal["softmax", "mean", "balanced"] = "softmax"  # mean: every gate 1/N, mergeable
     scope: Literal["site", "block"] = "site"  # block: one gate a layer, from the layer's input
@@ -47,22 +47,15 @@ class MoR(Adapter):
     def __post_init__(self) -> None:
         """Raises ValueError naming the field that is out of range."""
         super().__post_init__()
-        self.require_positive("rank", "alpha", "num_experts")
-        choices = {"router": ("softmax", "mean", "balanced"), "scope": ("site", "block")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"MoR.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        self.require_positive("num_experts")
+        self.require_choice("router", "softmax", "mean", "balanced")
+        self.require_choice("scope", "site", "block")
         if not 0 <= self.top_k <= self.num_experts:
             raise ValueError(f"MoR.top_k must be between 0 and num_experts = {self.num_experts}, got {self.top_k}")
         if self.router == "mean" and (self.top_k or self.scope == "block"):
             raise ValueError("MoR.router 'mean' has no gate to place or cut: leave scope 'site' and top_k 0")
         if self.balance_weight < 0 or (self.lam_std or 0) < 0:
             raise ValueError(f"MoR.balance_weight and lam_std must not be negative, got {self}")
-
-    @property
-    def scale(self) -> float:
-        """s."""
-        return self.alpha / self.rank
 
     @property
     def gate_block(self) -> str | None:
@@ -86,8 +79,7 @@ class MoR(Adapter):
         if std is None:
             std = 0.02 if self.router == "mean" else 0.0
         params = {
-            "a": kaiming_uniform(key_a, site.in_features, (site.in_features, self.rank)),
-            "b": jnp.zeros((self.rank, site.out_features), jnp.float32),
+            **start_factors(key_a, site, self.rank),
             "lam_a": 1 + std * jax.random.normal(key_lam_a, (count, self.rank), jnp.float32),
             "lam_b": 1 + std * jax.random.normal(key_lam_b, (count, site.out_features), jnp.float32),
         }
@@ -160,10 +152,10 @@ class MoR(Adapter):
 
     def num_params(self, site: Site) -> int:
         """r (in + out) + N (r + out), and N in for a router at the site, a layer."""
-        count = self.rank * (site.in_features + site.out_features) + self.num_experts * (self.rank + site.out_features)
+        count = self.num_experts * (self.rank + site.out_features)
         if self.routed and self.scope == "site":
             count += self.num_gate_params(site.in_features)
-        return site.num_layers * count
+        return super().num_params(site) + site.num_layers * count
 
     def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
         """W + s a ((sum_i g_i lam_a[i] x lam_b[i]) * b) for constant gates g: (N,); the mean router brings its own.
@@ -184,5 +176,5 @@ class MoR(Adapter):
 
     def logical_axes(self, site: Site) -> dict[str, tuple[str | None, ...]]:
         """a and the router follow the kernel's inputs, b and lam_b its outputs."""
-        axes = {"a": ("in", None), "b": (None, "out"), "lam_a": (None, None), "lam_b": (None, "out")}
+        axes = {**super().logical_axes(site), "lam_a": (None, None), "lam_b": (None, "out")}
         return {**axes, "router": ("in", None)} if self.routed and self.scope == "site" else axes

@@ -60,9 +60,7 @@ class MoRA(Adapter):
         """Raises ValueError naming the field that is out of range."""
         super().__post_init__()
         self.require_positive("rank")
-        if self.group_type not in (*GROUP_TYPES, "rotation"):
-            known = ", ".join((*GROUP_TYPES, "rotation"))
-            raise ValueError(f"MoRA.group_type must be one of {known}, got {self.group_type!r}")
+        self.require_choice("group_type", *GROUP_TYPES, "rotation")
         if self.reset_every < 0:
             raise ValueError(f"MoRA.reset_every must not be negative, got {self.reset_every}")
         if self.reset_every and self.group_type == "rotation":

@@ -28,39 +28,31 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, NotMergeable, Site, expand, kaiming_uniform
+from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, NotMergeable, Site, expand
+from mor_jax.adapters.low_rank import LowRank
 
 _LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResLoRA(Adapter):
+class ResLoRA(LowRank):
     """LoRA with residual paths between layers."""
 
     name: ClassVar[str] = "reslora"
     title: ClassVar[str] = "ResLoRA"
     paper: ClassVar[str] = "2402.18039"
 
-    rank: int = 8  # columns of a, rows of b
-    alpha: float = 16.0  # numerator of the scale s = alpha / rank
     form: Literal["input", "block", "middle"] = "block"  # what earlier layers hand on
     previous: int = 1  # m, how many earlier layers; -1: all of them
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field that is out of range."""
         super().__post_init__()
-        self.require_positive("rank", "alpha")
-        if self.form not in ("input", "block", "middle"):
-            raise ValueError(f"ResLoRA.form must be one of input, block, middle, got {self.form!r}")
+        self.require_choice("form", "input", "block", "middle")
         if self.previous < -1 or self.previous == 0:
             raise ValueError(f"ResLoRA.previous must be positive, or -1 for all, got {self.previous}")
         if self.form == "input" and self.previous != 1:
             raise ValueError(f"ResLoRA.form 'input' reads one earlier layer: leave previous 1, got {self.previous}")
-
-    @property
-    def scale(self) -> float:
-        """s."""
-        return self.alpha / self.rank
 
     @property
     def linked(self) -> bool:
@@ -71,11 +63,6 @@ class ResLoRA(Adapter):
     def chained(self) -> bool:
         """``input`` and ``middle`` read earlier activations."""
         return self.form != "block"
-
-    def init(self, key: Array, site: Site, layer: Array, kernel: Kernel) -> Leaves:
-        """{"a": (in, rank), "b": (rank, out)}, float32, a uniform and b 0."""
-        a = kaiming_uniform(key, site.in_features, (site.in_features, self.rank))
-        return Leaves({"a": a, "b": jnp.zeros((self.rank, site.out_features), jnp.float32)})
 
     def link(self, leaves: Leaves) -> Leaves:
         """``block``: earlier factors, "chain_a": (layers, in, m r) and "chain_b": (layers, m r, out).
@@ -136,10 +123,6 @@ class ResLoRA(Adapter):
         change = expand(hidden.astype(dtype), b.astype(dtype))
         return change if chain is None else (change, following)
 
-    def num_params(self, site: Site) -> int:
-        """rank (in + out) a layer."""
-        return site.num_layers * self.rank * (site.in_features + site.out_features)
-
     def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
         """W + s a b with the earlier factors (``block``), or W + s (1 + gates[0]) a b, gates: (1,) being alpha_n.
 
@@ -181,10 +164,6 @@ class ResLoRA(Adapter):
         earlier = sum((_shifted(norms, k) for k in range(1, reach + 1)), jnp.zeros_like(norms))
         share = earlier / jnp.where(norms > 0, norms, 1.0)
         return share.at[0].set(1.0) if self.form == "input" else share
-
-    def logical_axes(self, site: Site) -> dict[str, tuple[str | None, ...]]:
-        """a follows the kernel's inputs, b its outputs."""
-        return {"a": ("in", None), "b": (None, "out")}
 
 
 def _shifted(values: Array, count: int) -> Array:

@@ -11,12 +11,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from mor_jax.adapters.base import Leaves
 
 SiteLeaves = dict[str, Leaves]  # by site path; every array has exactly one leading layer axis
 SiteArrays = dict[str, dict[str, Array]]  # {site path: {name: (layers, ...)}}
+
+
+def stack_sites(arrays: Mapping[str, Array]) -> Array:
+    """(all layers of all sites, ...): the arrays (layers, ...) of each site, one below another."""
+    return jnp.concatenate(list(arrays.values()))
+
+
+def split_sites(stacked: Array, leaves: SiteLeaves) -> dict[str, Array]:
+    """By site, its rows of what ``stack_sites`` laid out for sites in the order of ``leaves``."""
+    layers = [jax.tree.leaves(own)[0].shape[0] for own in leaves.values()]
+    return dict(zip(leaves, jnp.split(stacked, np.cumsum(layers)[:-1]), strict=True))
 
 
 @dataclass(frozen=True)

@@ -16,18 +16,53 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters.base import (
-    Adapter,
-    AdapterInputs,
-    Kernel,
-    Leaves,
-    Site,
-    constants_key,
-    rebuildable_uniform,
-)
+from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, Site
+from mor_jax.adapters.constants import constants_key, rebuildable_uniform
+
+
+@jax.custom_vjp
+def merged_product(x: Array, kernel: Array, a: Array, b: Array, d: Array, lam_b: Array) -> Array:
+    """x (W + (a * d) b * lam_b), (..., out), for the shared a and b before they are cut to the site.
+
+    The gradients of d and lam_b both come from (x a)^T g: (r, out), where jax's own rule would form x^T g: (in, out).
+    a and b are cut here, so that x a is one product for all sites that read x: cut before, they would be other arrays.
+    """
+    return x @ _merged(kernel, a, b, d, lam_b)
+
+
+def _merged(kernel: Array, a: Array, b: Array, d: Array, lam_b: Array) -> Array:
+    a, b = _cut(a, b, kernel.shape)
+    return kernel + (a * d) @ (b * lam_b)
+
+
+def _cut(a: Array, b: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    return a[: shape[0]], b[:, : shape[1]]
+
+
+def _product_forward(x: Array, kernel: Array, *factors: Array) -> tuple[Array, tuple[Array, ...]]:
+    merged = _merged(kernel, *factors)
+    return x @ merged, (x, merged, *factors)
+
+
+def _product_backward(kept: tuple[Array, ...], g: Array) -> tuple[Array, ...]:
+    x, merged, shared_a, shared_b, d, lam_b = kept
+    tokens = tuple(range(g.ndim - 1))
+    a, b = _cut(shared_a, shared_b, merged.shape)
+
+    def over_tokens(left: Array) -> Array:
+        return jax.lax.dot_general(left, g, ((tokens, tokens), ((), ())))
+
+    weighted = b * over_tokens(x @ a)
+    # Of the frozen arrays as well: the compiler drops it where nobody asks.
+    _, pullback = jax.vjp(lambda kernel, a, b: _merged(kernel, a, b, d, lam_b), merged, shared_a, shared_b)
+    return g @ merged.T, *pullback(over_tokens(x)), weighted @ lam_b, d @ weighted
+
+
+merged_product.defvjp(_product_forward, _product_backward)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +109,20 @@ class VeRA(Adapter):
         hidden = jnp.matmul(x, a.astype(x.dtype), preferred_element_type=jnp.float32) * leaves.params["d"]
         return (hidden.astype(dtype) @ b.astype(dtype)) * leaves.params["lam_b"].astype(dtype)
 
+    def output(self, leaves: Leaves, x: Array, kernel: Kernel, inputs: AdapterInputs) -> Array | None:
+        """x (W + (a * d) b * lam_b), for float32 x: (..., in) of more than in out / (in + out) tokens.
+
+        With that many tokens forming the sum is less work than a pass of all tokens through a and b, and the sum takes
+        less memory than x and y. In a narrower dtype it would lose what is below half a unit in the last place of W.
+        """
+        (rows, columns), tokens = kernel.shape, x.size // x.shape[-1]
+        if x.dtype != jnp.float32 or tokens * (rows + columns) <= rows * columns:
+            return None
+        a, b = leaves.constants["a"], leaves.constants["b"]
+        return merged_product(x, kernel.dense(), a, b, leaves.params["d"], leaves.params["lam_b"])
+
     def _factors(self, leaves: Leaves, kernel: Kernel) -> tuple[Array, Array]:
-        in_features, out_features = kernel.shape
-        return leaves.constants["a"][:in_features], leaves.constants["b"][:, :out_features]
+        return _cut(leaves.constants["a"], leaves.constants["b"], kernel.shape)
 
     def num_params(self, site: Site) -> int:
         """Rank + out a layer."""

@@ -20,6 +20,7 @@ from typing import Any
 
 from mor_jax.cli import options
 from mor_jax.cli.flags import Parser, UsageError, add_flags, given_flags
+from mor_jax.cli.launch import leave, on_first
 
 INTERRUPTED = 130
 PACKAGE = Path(__file__).parents[1]
@@ -44,12 +45,13 @@ def demo(args: argparse.Namespace) -> dict:
     return result
 
 
-def train(args: argparse.Namespace) -> dict:
+def train(args: argparse.Namespace) -> dict | None:
     """`mor train`: the configuration file with the flags laid over it, trained."""
     from mor_jax.cli.train import train_command
     from mor_jax.training.config import TrainConfig
 
-    return train_command(getattr(args, "config", None), given_flags(args, TrainConfig))
+    launch: dict[str, Any] = {"distributed": "auto"} | given_flags(args, options.LaunchOptions)
+    return train_command(getattr(args, "config", None), given_flags(args, TrainConfig), options.LaunchOptions(**launch))
 
 
 def evaluate(args: argparse.Namespace) -> dict:
@@ -125,16 +127,25 @@ class Command:
     positional: tuple[str, ...]
     required: tuple[str, ...]
     about: str
+    launch: bool = False  # whether several processes may run it together
 
 
 _OPTIONS = "mor_jax.cli.options:"
 COMMANDS = {
     "demo": Command(demo, _OPTIONS + "DemoOptions", (), (), "fine-tune, merge, export and verify the embedded example"),
-    "train": Command(train, "mor_jax.training.config:TrainConfig", (), (), "train an adapter"),
-    "eval": Command(evaluate, _OPTIONS + "EvalOptions", ("model",), ("data",), "measure on held-out records"),
-    "generate": Command(generate, _OPTIONS + "GenerateOptions", ("model",), ("prompt",), "go on from a prompt"),
-    "merge": Command(merge, _OPTIONS + "MergeOptions", ("run",), ("output_dir",), "fold an adapter into its base"),
-    "export": Command(export, _OPTIONS + "ExportOptions", ("run",), ("output_dir",), "write a run for other software"),
+    "train": Command(train, "mor_jax.training.config:TrainConfig", (), (), "train an adapter", launch=True),
+    "eval": Command(
+        evaluate, _OPTIONS + "EvalOptions", ("model",), ("data",), "measure on held-out records", launch=True
+    ),
+    "generate": Command(
+        generate, _OPTIONS + "GenerateOptions", ("model",), ("prompt",), "go on from a prompt", launch=True
+    ),
+    "merge": Command(
+        merge, _OPTIONS + "MergeOptions", ("run",), ("output_dir",), "fold an adapter into its base", launch=True
+    ),
+    "export": Command(
+        export, _OPTIONS + "ExportOptions", ("run",), ("output_dir",), "write a run for other software", launch=True
+    ),
     "inspect": Command(inspect, _OPTIONS + "InspectOptions", ("model",), (), "list what a method would adapt"),
     "plan": Command(plan, _OPTIONS + "PlanOptions", ("model",), (), "compile a training step for a slice, from shapes"),
     "methods": Command(methods, _OPTIONS + "MethodsOptions", (), (), "list the methods"),
@@ -150,15 +161,18 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the words after `mor`; None takes the process's own.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    failure: BaseException | None = None
     try:
-        return _run(arguments)
-    except KeyboardInterrupt:
+        code = _run(arguments)
+    except KeyboardInterrupt as error:
         _say("stopped by Ctrl-C")
-        return INTERRUPTED
+        code, failure = INTERRUPTED, error
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        code, failure = stop.code if isinstance(stop.code, int) else int(stop.code is not None), stop
     except Exception as error:
-        return _report(error)
+        code, failure = _report(error), error
+    leave(code, failure)
+    return code
 
 
 def _run(arguments: list[str]) -> int:
@@ -179,14 +193,23 @@ def _run(arguments: list[str]) -> int:
     failed = None
     with contextlib.redirect_stdout(sys.stderr):  # progress, and what libraries print, is no result
         try:
-            result = COMMANDS[name].run(args)
+            result = _run_command(name, args)
         except FailedCheck as error:
             result, failed = error.result, error
-    _show(name, result, args.json)
+    if result is not None:
+        _show(name, result, args.json)
     if failed is not None:
         _say(str(failed))
         return 3
     return 0
+
+
+def _run_command(name: str, args: argparse.Namespace) -> Any:
+    """The command's result; None where another process shows it. A run trains on all processes, the rest on one."""
+    command = COMMANDS[name]
+    if name == "train" or not command.launch:
+        return command.run(args)
+    return on_first(options.LaunchOptions(**given_flags(args, options.LaunchOptions)), lambda: command.run(args))
 
 
 def _parse(name: str, arguments: list[str]) -> argparse.Namespace:
@@ -197,6 +220,8 @@ def _parse(name: str, arguments: list[str]) -> argparse.Namespace:
     if name == "train":
         parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", default=None, help="fields as in the flags")
     add_flags(parser, getattr(importlib.import_module(module), cls), command.positional)
+    if command.launch:
+        add_flags(parser, options.LaunchOptions)
     args = parser.parse_args(arguments)
     for field in command.required:
         if not hasattr(args, field):

@@ -7,6 +7,16 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
+class LaunchOptions:
+    """How a process finds the others of `mor train`, or of a command that opens its run on process 0."""
+
+    distributed: Literal["auto", "off"] | None = None  # auto joins what jax detects; auto for mor train, else off
+    coordinator: str = ""  # HOST:PORT of process 0, where jax detects no cluster; or JAX_COORDINATOR_ADDRESS
+    num_processes: int | None = None  # that take part; or JAX_NUM_PROCESSES
+    process_id: int | None = None  # of this one, from 0; or JAX_PROCESS_ID
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoOptions:
     """Options of `mor demo`."""
 

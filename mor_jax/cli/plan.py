@@ -15,8 +15,9 @@ def plan_command(options: PlanOptions) -> dict[str, Any]:
     """The step of `mor train` with these options, compiled for a slice.
 
     Keys: those of `training.plan.Forecast` (`fits`, `peak_bytes_per_device`, `capacity_bytes`, `flops`,
-    `estimated_seconds`, `collectives` and more), `advice` (one line, empty when it fits), and with `search` also
-    `tried` (mesh, remat, accumulate, fits, peak and estimate of each plan that was compiled).
+    `estimated_seconds`, `collectives` and more), `advice` (one line, empty when it fits), `merge` (the keys of
+    `training.plan_merge.MergeForecast`), and with `search` also `tried` (mesh, remat, accumulate, fits, peak and
+    estimate of each plan that was compiled).
 
     Raises:
       TopologyError, MeshError, ConfigError, ModelFileError, InjectionError: a name, file or layout is not usable.
@@ -27,6 +28,7 @@ def plan_command(options: PlanOptions) -> dict[str, Any]:
     from mor_jax.models import DecoderConfig, known_config
     from mor_jax.training.config import ConfigError, TrainConfig, config_from_mapping
     from mor_jax.training.plan import advice, forecast, search
+    from mor_jax.training.plan_merge import forecast_merge
 
     fields = {field.name for field in dataclasses.fields(TrainConfig)} - {"model"}
     given = {name: value for name, value in vars(options).items() if name in fields and value is not None}
@@ -42,11 +44,14 @@ def plan_command(options: PlanOptions) -> dict[str, Any]:
         scan_layers=config.scan_layers,
     )
     topology = load_topology(options.topology)
-    if not options.search:
+    more: dict[str, Any] = {}
+    if options.search:
+        found, tried = search(config, shape, topology, _tell)
+        more = {"tried": [_row(plan) for plan in tried]}
+    else:
         found = forecast(config, shape, topology)
-        return dataclasses.asdict(found) | {"advice": advice(found)}
-    found, tried = search(config, shape, topology, _tell)
-    return dataclasses.asdict(found) | {"advice": advice(found), "tried": [_row(plan) for plan in tried]}
+    merge = forecast_merge(dataclasses.replace(config, mesh=found.mesh), shape, topology)
+    return dataclasses.asdict(found) | {"advice": advice(found), "merge": dataclasses.asdict(merge)} | more
 
 
 def _row(found: Any) -> dict[str, Any]:
@@ -77,6 +82,7 @@ def readable(result: dict[str, Any]) -> dict[str, Any]:
         "step time (an estimate: the highest of three roofs)": seconds("estimated_seconds"),
         "roofs (compute, memory, network)": ", ".join(map(seconds, roofs)),
         "mfu (of that estimate)": result["mfu"],
+        "merge, peak a device": _merge(result["merge"]),
         "collectives": [_collective(kind, own) for kind, own in result["collectives"].items()],
     }
     if "tried" in result:
@@ -88,6 +94,10 @@ def readable(result: dict[str, Any]) -> dict[str, Any]:
 
 def _gib(size: float) -> str:
     return f"{size / _GIB:.3f} GiB"
+
+
+def _merge(own: dict[str, Any]) -> str:
+    return _gib(own["peak_bytes_per_device"]) if own["fits"] else own["problem"]
 
 
 def _collective(kind: str, own: dict[str, Any]) -> dict[str, Any]:

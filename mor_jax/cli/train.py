@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mor_jax.cli.launch import on_all
+from mor_jax.cli.options import LaunchOptions
 from mor_jax.training.config import ConfigError, TrainConfig, config_from_mapping, config_to_mapping, load_config
 
 
@@ -32,13 +34,20 @@ def train_config(path: str | None, given: Mapping[str, Any]) -> TrainConfig:
     return config
 
 
-def train_command(path: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+def train_command(path: str | None, given: Mapping[str, Any], launch: LaunchOptions) -> dict[str, Any] | None:
     """Trains; returns `steps`, `loss`, `trainable_parameters`, `tokens_per_second` and what `train` adds.
+
+    Of several processes all but the first return None.
 
     Raises:
       ConfigError, DataError, ModelFileError, InjectionError: bad input; nothing has been written.
+      DistributedError, LostPeerError: the other processes cannot be joined, or are gone.
     """
     config = train_config(path, given)
+    return on_all(launch, lambda: _train(config))
+
+
+def _train(config: TrainConfig) -> dict[str, Any]:
     from mor_jax.training.loop import train  # after the checks: a wrong field need not wait for jax
 
     return train(config)

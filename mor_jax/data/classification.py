@@ -1,26 +1,24 @@
 """Labelled texts to examples with a class, and no token, to be learned.
 
-{"text": ..., "label": ...}    or    {"sentence1": ..., "sentence2": ... (may be absent), "label": ...}
+{"text" or "sentence": ..., "label": ...}    or    {"sentence1": ..., "sentence2": ... (may be absent), "label": ...}
 """
 
 from __future__ import annotations
 
+import os
+import tempfile
+from array import array
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from mor_jax.data.examples import OVERLONG, Examples, Overlong, SourceCounts
+from mor_jax.data.examples import OVERLONG, Examples, ExampleWriter, Overlong, SourceCounts
+from mor_jax.data.records import Encoded
 from mor_jax.data.sources import DataError, DataSource, read_records
 
-TEXT_FIELDS = (("text",), ("sentence1", "sentence2"), ("sentence1",))
-
-
-class _Labelled(NamedTuple):
-    tokens: list[int]
-    second_start: int
-    label: int | str
-    where: str
+TEXT_FIELDS = (("text",), ("sentence",), ("sentence1", "sentence2"), ("sentence1",))
 
 
 def load_labelled(
@@ -31,8 +29,11 @@ def load_labelled(
     *,
     labels: Sequence[str] = (),
     tasks: Sequence[str] | None = None,
+    scratch: str | os.PathLike | None = None,
 ) -> tuple[Examples, tuple[str, ...]]:
     """Reads, tokenises and checks every labelled record of the sources.
+
+    As in `load_examples`, tokens go to nameless files as they are made.
 
     Args:
       sources: What to read, in this order.
@@ -43,6 +44,7 @@ def load_labelled(
       labels: Names of the classes in the order of their ids; empty takes those that occur, sorted. A label that is a
         whole number and no name of a class is its id.
       tasks: Names in the order of their ids; None numbers them as they first occur.
+      scratch: Folder for those files; None takes the system's (`TMPDIR`).
 
     Returns:
       (examples, names of the classes).
@@ -54,26 +56,62 @@ def load_labelled(
     if overlong not in OVERLONG:
         raise ValueError(f"overlong must be one of {', '.join(OVERLONG)}, got {overlong!r}")
     task_names = tuple(tasks) if tasks is not None else tuple(dict.fromkeys(source.task for source in sources))
-    kept: list[_Labelled] = []
-    source_ids: list[int] = []
     counts = []
-    for index, source in enumerate(sources):
-        if source.task not in task_names:
-            raise DataError(f"{source.path}: the task {source.task!r} is not one of {', '.join(task_names)}")
-        examples, count = _load_source(source, tokenizer, max_length, overlong)
-        kept += examples
-        source_ids += [index] * len(examples)
-        counts.append(count)
-    names = tuple(labels) or _names(kept)
-    if len(names) < 2:
-        raise DataError(f"{sources[0].path}: a classifier needs at least two classes, found {', '.join(names)}")
-    return _flatten(kept, names, source_ids, tuple(sources), task_names, tuple(counts)), names
+    with tempfile.TemporaryFile(dir=scratch) as tokens, tempfile.TemporaryFile(dir=scratch) as learned:
+        writer = _LabelledWriter(ExampleWriter(tokens, learned))
+        for index, source in enumerate(sources):
+            if source.task not in task_names:
+                raise DataError(f"{source.path}: the task {source.task!r} is not one of {', '.join(task_names)}")
+            counts.append(_load_source(index, source, tokenizer, max_length, overlong, writer))
+        names = tuple(labels) or writer.label_names()
+        if len(names) < 2:
+            raise DataError(f"{sources[0].path}: a classifier needs at least two classes, found {', '.join(names)}")
+        return writer.finish(names, tuple(sources), task_names, tuple(counts)), names
+
+
+class _LabelledWriter:
+    """Takes labelled examples one by one; which class a label is can be told when all are known."""
+
+    def __init__(self, examples: ExampleWriter):
+        self._examples = examples
+        self._numbers: dict[int | str, int] = {}  # label -> its number in order of appearance
+        self._places: list[str] = []  # where each was first met
+        self._labels, self._second_starts = array("i"), array("i")
+
+    def add(self, source: int, tokens: np.ndarray, second_start: int, label: int | str, where: str) -> None:
+        self._examples.add(source, Encoded(tokens, np.zeros(len(tokens), bool), len(tokens)))
+        number = self._numbers.setdefault(label, len(self._numbers))
+        if number == len(self._places):
+            self._places.append(where)
+        self._labels.append(number)
+        self._second_starts.append(second_start)
+
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the labels that were met: numbers first, then words, each in order."""
+        numbers = sorted(label for label in self._numbers if isinstance(label, int))
+        words = sorted(label for label in self._numbers if isinstance(label, str))
+        return tuple([str(number) for number in numbers] + words)
+
+    def finish(
+        self,
+        names: tuple[str, ...],
+        sources: tuple[DataSource, ...],
+        tasks: tuple[str, ...],
+        counts: tuple[SourceCounts, ...],
+    ) -> Examples:
+        """All that was added, each label as its place in `names`."""
+        places = zip(self._numbers, self._places, strict=True)
+        class_ids = np.array([_identify(label, where, names) for label, where in places], np.int32)
+        return replace(
+            self._examples.finish(sources, tasks, counts),
+            labels=class_ids[np.array(self._labels, np.int32)],
+            second_starts=np.array(self._second_starts, np.int32),
+        )
 
 
 def _load_source(
-    source: DataSource, tokenizer: Any, max_length: int, overlong: str
-) -> tuple[list[_Labelled], SourceCounts]:
-    kept: list[_Labelled] = []
+    index: int, source: DataSource, tokenizer: Any, max_length: int, overlong: str, writer: _LabelledWriter
+) -> SourceCounts:
     read = truncated = dropped = 0
     for where, record in read_records(source):
         read += 1
@@ -92,12 +130,12 @@ def _load_source(
             encoded = tokenizer(*texts, truncation=True, max_length=max_length)
         kinds = list(encoded.get("token_type_ids") or [])
         second = kinds.index(1) if 1 in kinds else len(encoded["input_ids"])
-        kept.append(_Labelled(list(encoded["input_ids"]), second, label, where))
-    if not kept:
+        writer.add(index, np.array(encoded["input_ids"], np.int32), second, label, where)
+    if read == dropped:
         raise DataError(
             f"{source.path}: none of its {read} examples can be used: {dropped} are over {max_length} tokens"
         )
-    return kept, SourceCounts(read, len(kept), truncated, dropped, 0)
+    return SourceCounts(read, read - dropped, truncated, dropped, 0)
 
 
 def _texts(record: Mapping[str, Any], where: str) -> list[str]:
@@ -107,7 +145,7 @@ def _texts(record: Mapping[str, Any], where: str) -> list[str]:
             break
     else:
         has = ", ".join(map(str, record)) or "(none)"
-        raise DataError(f"{where}: has the fields {has}; needs text, or sentence1 and sentence2")
+        raise DataError(f"{where}: has the fields {has}; needs text or sentence, or sentence1 and sentence2")
     for name, text in zip(names, texts, strict=True):
         if not isinstance(text, str):
             raise DataError(
@@ -125,37 +163,9 @@ def _label(record: Mapping[str, Any], where: str) -> int | str:
     return label
 
 
-def _names(kept: Sequence[_Labelled]) -> tuple[str, ...]:
-    found = {example.label for example in kept}
-    numbers = sorted(label for label in found if isinstance(label, int))
-    return tuple([str(number) for number in numbers] + sorted(label for label in found if isinstance(label, str)))
-
-
-def _identify(example: _Labelled, names: tuple[str, ...]) -> int:
-    if str(example.label) in names:
-        return names.index(str(example.label))
-    if isinstance(example.label, int) and 0 <= example.label < len(names):
-        return example.label
-    raise DataError(
-        f"{example.where}: the label {example.label!r} is not one of {', '.join(names)}; labels= names others"
-    )
-
-
-def _flatten(kept: list[_Labelled], names, source_ids: list[int], sources, tasks, counts) -> Examples:
-    offsets = np.zeros(len(kept) + 1, np.int64)
-    np.cumsum([len(example.tokens) for example in kept], out=offsets[1:])
-    tokens = np.concatenate([np.array(example.tokens, np.int32) for example in kept])
-    task_of_source = np.array([tasks.index(source.task) for source in sources], np.int32)
-    return Examples(
-        tokens=tokens,
-        learned=np.zeros(len(tokens), bool),
-        offsets=offsets,
-        prompt_lengths=np.diff(offsets).astype(np.int32),
-        source_ids=np.array(source_ids, np.int32),
-        task_ids=task_of_source[np.array(source_ids, np.int32)],
-        sources=sources,
-        tasks=tasks,
-        counts=counts,
-        labels=np.array([_identify(example, names) for example in kept], np.int32),
-        second_starts=np.array([example.second_start for example in kept], np.int32),
-    )
+def _identify(label: int | str, where: str, names: tuple[str, ...]) -> int:
+    if str(label) in names:
+        return names.index(str(label))
+    if isinstance(label, int) and 0 <= label < len(names):
+        return label
+    raise DataError(f"{where}: the label {label!r} is not one of {', '.join(names)}; labels= names others")

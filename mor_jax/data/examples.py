@@ -151,7 +151,7 @@ def load_examples(
     names = tuple(tasks) if tasks is not None else tuple(dict.fromkeys(source.task for source in sources))
     counts = []
     with tempfile.TemporaryFile(dir=scratch) as tokens, tempfile.TemporaryFile(dir=scratch) as learned:
-        writer = _Writer(tokens, learned)
+        writer = ExampleWriter(tokens, learned)
         for index, source in enumerate(sources):
             if source.task not in names:
                 raise DataError(
@@ -194,7 +194,7 @@ def _load_source(
     return SourceCounts(read, kept, truncated, dropped, empty)
 
 
-class _Writer:
+class ExampleWriter:
     """Takes examples one by one: tokens and masks into two files, a few numbers of each into memory."""
 
     def __init__(self, tokens: IO[bytes], learned: IO[bytes]):

@@ -6,7 +6,7 @@ resume with another batch size or number of hosts and see the rows that it would
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -63,12 +63,11 @@ class BatchIterator(grain.DatasetIterator):
         plan: PackingPlan,
         batch_size: int,
         seed: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
+        held: Sequence[int] | np.ndarray | None = None,
     ):
         super().__init__()
         self._examples, self._plan, self._batch_size, self._seed = examples, plan, batch_size, seed
-        self._process_index, self._process_count = process_index, process_count
+        self._held = range(batch_size) if held is None else [int(position) for position in held]
         self._next_row = 0
         self._starts = [0]  # global number of the first row of each epoch walked so far, for unequal epochs
         self._cached: tuple[int, EpochRows, np.ndarray] | None = None
@@ -84,11 +83,9 @@ class BatchIterator(grain.DatasetIterator):
         return self._locate(self._next_row)[0]
 
     def __next__(self) -> Batch:
-        """The next batch; of several processes, this one's equal share of its rows."""
+        """The next batch; of several processes, the rows of it that this one holds."""
         self._assert_not_closed()
-        share = self._batch_size // self._process_count
-        first = self._next_row + self._process_index * share
-        batch = stack_rows([self._row(number) for number in range(first, first + share)])
+        batch = stack_rows([self._row(self._next_row + position) for position in self._held])
         self._next_row += self._batch_size
         return batch
 
@@ -137,9 +134,7 @@ def make_iterator(
     plan: PackingPlan,
     batch_size: int,
     seed: int = 0,
-    *,
-    process_index: int = 0,
-    process_count: int = 1,
+    held: Sequence[int] | np.ndarray | None = None,
 ) -> BatchIterator:
     """An endless iterator over batches of `batch_size` rows, counted over all processes.
 
@@ -148,18 +143,15 @@ def make_iterator(
       plan: Rows of each epoch.
       batch_size: Rows of a global batch.
       seed: Decides the order of the rows in each epoch.
-      process_index: Which share of each batch this process takes.
-      process_count: How many processes share a batch; each gets `batch_size / process_count` rows.
+      held: Positions in each batch, from 0, of the rows that this process builds; None builds all.
 
     Raises:
-      ValueError: If the plan is for other examples or the batch does not divide among the processes.
+      ValueError: If the plan is for other examples or a position lies outside the batch.
     """
     _check(examples, plan, batch_size)
-    if batch_size % process_count or not 0 <= process_index < process_count:
-        raise ValueError(
-            f"a batch of {batch_size} rows does not divide among {process_count} processes (index {process_index})"
-        )
-    return BatchIterator(examples, plan, batch_size, seed, process_index, process_count)
+    if held is not None and not all(0 <= position < batch_size for position in held):
+        raise ValueError(f"held must lie in 0..{batch_size - 1}, the positions in a batch, got {list(held)}")
+    return BatchIterator(examples, plan, batch_size, seed, held)
 
 
 def single_pass(examples: Examples, plan: PackingPlan, batch_size: int) -> Iterator[Batch]:

@@ -93,7 +93,8 @@ def assistant_spans(messages: list[dict[str, str]], text: str, tokenizer: Any, w
         before = _render(tokenizer, messages[:index], where) if index else ""
         if not text.startswith(before):
             raise DataError(
-                f"{where}: the chat template rewrites the turns before message {index + 1}; split the record"
+                f"{where}: the chat template rewrites the turns before message {index + 1}; split the record, or write"
+                " its system message into the user's"
             )
         opened = _render(tokenizer, messages[:index], where, add_generation_prompt=True) if index else before
         start = max(len(before), _common_prefix(opened, text))

@@ -2,8 +2,8 @@
 
 A source is named `[TASK=]PATH[:WEIGHT]`. Reading yields `(where, record)` pairs, where `where` is what a person needs
 to find the record again: `file.jsonl:17` for a line, `file.parquet: row 17` where a file has no lines. Text formats are
-parsed here rather than by `datasets`, whose readers lose line numbers; Parquet, saved folders and the hub go through
-it.
+parsed here rather than by `datasets`, whose readers lose line numbers; saved folders and the hub go through it, and
+Parquet through the Arrow beneath it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 HUB_PREFIX = "hub:"
+_PARQUET_ROWS = 256  # that are in memory at a time, beside what Arrow decodes of their row group
 _TASK_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _FORMATS = ".jsonl, .ndjson, .json, .csv, .tsv (each also with .gz) and .parquet"
 
@@ -217,18 +218,17 @@ def _header(path: Path, names: list[str]) -> list[str]:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    import datasets  # slow to import, and needed here only
-    import pyarrow.parquet
-    from datasets.exceptions import DatasetsError
+    import pyarrow
+    import pyarrow.parquet  # slow to import, and needed here only
 
     try:
-        pyarrow.parquet.read_metadata(str(path))  # raises; `datasets` would log lines of its own before it does
-        rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        for number, record in enumerate(rows, 1):
-            yield f"{path}: row {number}", record
-    except (OSError, ValueError, DatasetsError) as error:
-        if isinstance(error, DataError):
-            raise
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(_PARQUET_ROWS):  # `datasets` reads a large part of a file ahead
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{path}: row {number}", record
+    except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: not a readable Parquet file ({_first_line(error)}); write it again") from None
 
 

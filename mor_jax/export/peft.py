@@ -20,12 +20,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from mor_jax.adapters import Adapter, DoRA, Leaves, LoRA, RsLoRA
 from mor_jax.injection import AdapterPlan
 from mor_jax.merging import FidelityReport
 from mor_jax.models import DecoderConfig, EncoderConfig, ModelConfig
+from mor_jax.models.tensor_file import save_tensors
 from mor_jax.models.tensors import TensorEntry, tensor_table
 from mor_jax.training.integrity import write_manifest
 
@@ -90,7 +91,7 @@ def export_peft(
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         folder = Path(scratch) / target.name
         folder.mkdir()
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         if report is not None:
             report.save(folder)

@@ -21,7 +21,7 @@ from jax import Array
 from mor_jax.adapters import Adapter, AdapterInputs, Kernel, Leaves
 from mor_jax.injection.chain import carried_chain, initial_chain, replace_chain
 from mor_jax.injection.leaves import RESERVED, init_leaves, join, prepare_leaves, site_id, site_leaves, with_shared
-from mor_jax.injection.linear import Contraction, find_kind
+from mor_jax.injection.linear import Contraction, LinearKind, find_kind
 from mor_jax.injection.plan import AdaptedSite, AdapterPlan, first_argument, resolve_sites
 from mor_jax.injection.targets import InjectionError
 
@@ -153,9 +153,15 @@ class _Call:
         if inputs.key is not None:
             key = jax.random.fold_in(inputs.key, site_id(adapted.site.path))
             inputs = _with_key(inputs, jax.random.fold_in(key, bundle["layer"][0]))
+        kernel = Kernel(value, adapted.in_axes, adapted.out_axes)
+        bias = _bias(module, kind, contraction, output)
         x = argument  # the identical array, so that siblings can recognise it
         if method.dropout and not inputs.deterministic:
             x = _drop(x, method.dropout, inputs.key, adapted.site.path)
+        elif self.capture is None and not bundle["probes"]:
+            whole = method.output(leaves, contraction.flatten_input(x).astype(output.dtype), kernel, inputs)
+            if whole is not None:
+                return contraction.restore_output(whole, output) + bias
         factored = self._project(adapted, module, leaves, x, contraction, output.dtype)
         if adapted.gate_path is not None:
             gates = self._open_gate(adapted)
@@ -164,12 +170,7 @@ class _Call:
             if gates is not None:
                 gates = self._watch(method, leaves, factored, gates, bundle["probes"], inputs)
         kept = factored.shape[:-1]
-        base = output
-        if module.has_variable("params", kind.bias_leaf):
-            bias = meta.unbox(module.get_variable("params", kind.bias_leaf)).astype(output.dtype)
-            base = output - contraction.place_bias(bias, output.ndim)
-        base = contraction.flatten_output(base, kept)
-        kernel = Kernel(value, adapted.in_axes, adapted.out_axes)
+        base = contraction.flatten_output(output - bias, kept)
         delta = self._delta(adapted, leaves, factored, base, kernel, gates, inputs)
         if gates is None and bundle["probes"]:
             statistics = method.statistics(leaves, contraction.flatten_input(x), None, inputs)
@@ -225,6 +226,14 @@ def _siblings(adapted: AdaptedSite, module: nn.Module) -> dict[str, Any]:
     if bundles[adapted.site.path]["layer"] is not layer:
         return {}
     return {path: bundle for path, bundle in bundles.items() if bundle["layer"].shape == layer.shape}
+
+
+def _bias(module: nn.Module, kind: LinearKind, contraction: Contraction, output: Array) -> Array:
+    """The module's bias as it broadcasts to its output, 0 where it has none."""
+    if not module.has_variable("params", kind.bias_leaf):
+        return jnp.zeros((), output.dtype)
+    bias = meta.unbox(module.get_variable("params", kind.bias_leaf)).astype(output.dtype)
+    return contraction.place_bias(bias, output.ndim)
 
 
 def _with_key(inputs: AdapterInputs, key: Array) -> AdapterInputs:

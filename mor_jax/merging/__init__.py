@@ -3,7 +3,7 @@
 from mor_jax.merging.approximate import MERGES, merge_routed
 from mor_jax.merging.calibration import ModelCall, language_model_call
 from mor_jax.merging.chain import earlier_shares
-from mor_jax.merging.exact import merge
+from mor_jax.merging.exact import lower_merge, merge
 from mor_jax.merging.fidelity import (
     FidelityReport,
     check_unseen,
@@ -36,6 +36,7 @@ __all__ = [
     "factorize",
     "language_model_call",
     "least_squares",
+    "lower_merge",
     "mean_gates",
     "measure_fidelity",
     "merge",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,9 +55,16 @@ def update_site(
         A copy of the dictionaries along the kernel's path; dtype, boxes and sharding of the kernel stay.
     """
     old = get_path(params, adapted.kernel_path)
-    own: dict[str, Any] = set_path({}, adapted.kernel_path, old)
-    merged = _compiled_update(adapted, change, sharding_of(meta.unbox(old)))(own, arrays, common)
+    program, branch = _site_update(params, adapted, change)
+    merged = program(branch, arrays, common)
     return set_path(params, adapted.kernel_path, meta.replace_boxed(old, merged))
+
+
+def _site_update(params: Params, adapted: AdaptedSite, change: Callable[..., Array]) -> tuple[Any, dict[str, Any]]:
+    """(the compiled update of a site, its branch of the parameters: its first argument)."""
+    old = get_path(params, adapted.kernel_path)
+    own: dict[str, Any] = set_path({}, adapted.kernel_path, old)
+    return _compiled_update(adapted, change, sharding_of(meta.unbox(old))), own
 
 
 @functools.lru_cache(maxsize=256)
@@ -123,10 +130,42 @@ def merge_site(
             return update_site(params, adapted, _Fold(adapted.adapter), own, common=common)
         except NotMergeable as error:
             raise NotMergeable(f"{path}: {error}") from error
-    expected = (*adapted.stack_sizes, adapted.adapter.num_gates or 1)
+    expected = _gates_shape(adapted)
     if constant.shape != expected:
         raise ValueError(f"gates of {gate_key(adapted)} have shape {constant.shape}, expected {expected}")
     return update_site(params, adapted, _Fold(adapted.adapter), own, jnp.asarray(constant, jnp.float32), common=common)
+
+
+def lower_merge(params: Params, leaves: Leaves, plan: AdapterPlan) -> Iterator[tuple[AdaptedSite, jax.stages.Lowered]]:
+    """The programs that ``merge`` runs one after the other, from shapes with shardings; nothing is allocated.
+
+    Sites whose method has no exact merge are folded with constant gates, as every approximate merge but least squares
+    does in the end.
+
+    Args:
+        params: The frozen base, ``ShapeDtypeStruct``s.
+        leaves: All adapters, likewise.
+        plan: From ``resolve_sites``.
+
+    Yields:
+        (site, its program), in the order of the plan.
+
+    Raises:
+        NotMergeable: at a site that does not want to be merged.
+    """
+    if any(sites[0].adapter.linked for sites in plan.chains.values()):
+        leaves = jax.eval_shape(lambda own: link_leaves(plan, own), leaves)
+    for adapted in plan.sites:
+        own = site_leaves(leaves, adapted.site.path)
+        common = site_leaves(leaves, adapted.shared) if adapted.shared else Leaves({})
+        gates = () if adapted.adapter.merges_exactly else (jax.ShapeDtypeStruct(_gates_shape(adapted), jnp.float32),)
+        program, branch = _site_update(params, adapted, _Fold(adapted.adapter))
+        yield adapted, program.lower(branch, (own, *gates), {"common": common})
+
+
+def _gates_shape(adapted: AdaptedSite) -> tuple[int, ...]:
+    """(layers..., N), with N = 1 where only the share of earlier layers is constant."""
+    return (*adapted.stack_sizes, adapted.adapter.num_gates or 1)
 
 
 def merge_trained_modules(params: Params, leaves: Leaves, plan: AdapterPlan) -> dict[str, Any]:

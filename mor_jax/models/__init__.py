@@ -1,7 +1,7 @@
 """Base models: one configured decoder and one encoder, their Hugging Face files, and generation."""
 
 from mor_jax.models.config import DecoderConfig, EncoderConfig, ModelConfig, RopeScaling
-from mor_jax.models.decoder import Decoder, head_kernel, init_cache
+from mor_jax.models.decoder import Decoder, HeadKernel, head_kernel, init_cache
 from mor_jax.models.encoder import Encoder, mean_embedding
 from mor_jax.models.family import abstract_params, add_head, make_model, with_head
 from mor_jax.models.generation import CachedForward, continue_prompts, generate
@@ -24,6 +24,7 @@ __all__ = [
     "config_to_hf",
     "continue_prompts",
     "generate",
+    "HeadKernel",
     "head_kernel",
     "init_cache",
     "known_config",

@@ -15,7 +15,7 @@ With `scan_layers=False` the layers are `layers_0`, `layers_1`, ... and their le
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -129,16 +129,7 @@ class Decoder(nn.Module):
             raise ValueError(f"output must be logits, last or hidden; got {output!r}")
         config = self.config
         segment_ids = jnp.ones_like(input_ids) if segment_ids is None else segment_ids
-        index = self._cache_index() if decode else None
-        if positions is None:
-            positions = default_positions(segment_ids) + (0 if index is None else index)
-        positions = jnp.asarray(positions, jnp.int32)
-        queries = Tokens(positions, segment_ids)
-        keys = self._cache_keys(index, queries) if decode else queries
-        cos, sin = rotary_tables(config, positions)
-        windowed = any(window is not None for window in config.windows)
-        inputs = LayerInputs(cos, sin, queries, keys, index)
-
+        inputs = self._layer_inputs(positions, segment_ids, decode)
         embed = nn.Embed(
             config.vocab_size,
             config.hidden_size,
@@ -150,14 +141,24 @@ class Decoder(nn.Module):
         x = with_logical_constraint(embed(input_ids), RESIDUAL)
         if config.embedding_scale is not None:
             x = x * jnp.asarray(config.embedding_scale, config.dtype)
-        x = self._layers((x, carry_extra), inputs, windowed)
+        x = self._layers((x, carry_extra), inputs)
         x = RMSNorm(config, name="norm")(x[:, -1:] if output == "last" else x)
         if output == "hidden" and not (self.is_initializing() and not config.tie_word_embeddings):
             return x
         logits = soft_cap(self._logits(x, embed), config.logit_softcap)
         return x if output == "hidden" else logits
 
-    def _layers(self, carry: tuple[jax.Array, Any], inputs: LayerInputs, windowed: bool) -> jax.Array:
+    def _layer_inputs(self, positions: jax.Array | None, segment_ids: jax.Array, decode: bool) -> LayerInputs:
+        """What all layers share; with `decode`, the positions and segments of these tokens enter the cache."""
+        index = self._cache_index() if decode else None
+        if positions is None:
+            positions = default_positions(segment_ids) + (0 if index is None else index)
+        positions = jnp.asarray(positions, jnp.int32)
+        queries = Tokens(positions, segment_ids)
+        keys = self._cache_keys(index, queries) if decode else queries
+        return LayerInputs(*rotary_tables(self.config, positions), queries, keys, index)
+
+    def _layers(self, carry: tuple[jax.Array, Any], inputs: LayerInputs) -> jax.Array:
         config = self.config
         layer = DecoderLayer
         if config.remat != "none":
@@ -175,7 +176,7 @@ class Decoder(nn.Module):
         )
         windows = jnp.asarray([_NO_WINDOW if w is None else w for w in config.windows], jnp.int32)
         ropes = jnp.asarray(config.rope_kinds, jnp.int32)
-        kinds = LayerKind(windows if windowed else None, ropes if len(config.ropes) > 1 else None)
+        kinds = LayerKind(None if inputs.distance is None else windows, ropes if len(config.ropes) > 1 else None)
         return scanned(config, name="layers")(carry, kinds, inputs)[0][0]
 
     def _logits(self, x: jax.Array, embed: nn.Embed) -> jax.Array:
@@ -232,8 +233,15 @@ def init_cache(config: DecoderConfig, batch_size: int, length: int) -> dict:
     }
 
 
-def head_kernel(params: dict, config: DecoderConfig) -> jax.Array:
-    """The output matrix (D, V): `lm_head/kernel`, or the transposed embedding when tied."""
+class HeadKernel(NamedTuple):
+    """The output matrix as it lies in memory; a transposed copy of it would be as large as itself."""
+
+    kernel: jax.Array  # (D, V) or (V, D)
+    vocabulary_axis: int  # 1 or 0
+
+
+def head_kernel(params: dict, config: DecoderConfig) -> HeadKernel:
+    """`lm_head/kernel` (D, V), or the embedding (V, D) when tied."""
     if config.tie_word_embeddings:
-        return params["embed_tokens"]["embedding"].T
-    return params["lm_head"]["kernel"]
+        return HeadKernel(params["embed_tokens"]["embedding"], 0)
+    return HeadKernel(params["lm_head"]["kernel"], 1)

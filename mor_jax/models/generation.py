@@ -95,14 +95,7 @@ def generate(
     Raises:
       ValueError: an argument is out of range, or sampling without a key.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if temperature < 0:
-        raise ValueError(f"temperature must not be negative, got {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-    if temperature > 0 and key is None:
-        raise ValueError(f"temperature {temperature} samples and needs a key")
+    _check_generation(max_new_tokens, temperature, top_p, key)
     if prompts.shape != prompt_mask.shape:
         raise ValueError(f"prompts {prompts.shape} and prompt_mask {prompt_mask.shape} differ in shape")
     return _generate(
@@ -118,6 +111,17 @@ def generate(
         jnp.asarray(tuple(eos_ids), jnp.int32),
         jnp.int32(pad_id),
     )
+
+
+def _check_generation(max_new_tokens: int, temperature: float, top_p: float, key: jax.Array | None) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if temperature < 0:
+        raise ValueError(f"temperature must not be negative, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    if temperature > 0 and key is None:
+        raise ValueError(f"temperature {temperature} samples and needs a key")
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from mor_jax.models.config import DecoderConfig, EncoderConfig, ModelConfig
 from mor_jax.models.family import abstract_params
 from mor_jax.models.hf_config import config_to_hf, read_config, same_model
 from mor_jax.models.hf_encoder import LABEL_FIELDS
 from mor_jax.models.hf_json import ModelFileError, read_json
+from mor_jax.models.tensor_file import save_tensors
 from mor_jax.models.tensors import TensorEntry, common_name, is_derived, is_left_out, tensor_table
 
 SINGLE_FILE = "model.safetensors"
@@ -178,7 +178,14 @@ def _load_leaf(
     def place(entry: TensorEntry, where: jax.sharding.Sharding) -> jax.Array:
         shape = entry.shape[::-1] if entry.transpose else entry.shape
         source = checkpoint.slices(entry.name)
-        return jax.make_array_from_callback(shape, where, partial(_read, source, entry, dtype))
+        parts: dict[str, np.ndarray] = {}  # devices that hold the same part get the same read
+
+        def part(index: Any) -> np.ndarray:
+            if str(index) not in parts:
+                parts[str(index)] = _read(source, entry, dtype, index)
+            return parts[str(index)]
+
+        return jax.make_array_from_callback(shape, where, part)
 
     if entries[0].layer is None:
         return place(entries[0], sharding)
@@ -260,12 +267,12 @@ def _write_shards(folder: Path, params: dict, table: list[TensorEntry], max_shar
         groups[-1].append(entry)
         filled += size
     if len(groups) == 1:
-        save_file(dict(_tensors(params, table)), folder / SINGLE_FILE, metadata={"format": "pt"})
+        save_tensors(dict(_tensors(params, table)), folder / SINGLE_FILE, metadata={"format": "pt"})
         return
     weight_map = {}
     for number, group in enumerate(groups, start=1):
         name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        save_file(dict(_tensors(params, group)), folder / name, metadata={"format": "pt"})
+        save_tensors(dict(_tensors(params, group)), folder / name, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys((entry.name for entry in group), name))
     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -327,7 +334,7 @@ def save_params(
         if source is not None:
             for pattern in _COPIED:
                 for file in source.glob(pattern):
-                    shutil.copy(file, folder / file.name)
+                    shutil.copyfile(file, folder / file.name)
         os.replace(folder, target)
 
 

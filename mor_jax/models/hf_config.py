@@ -307,9 +307,19 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     if config.model_type not in FAMILIES:
         raise ValueError(f"model_type {config.model_type!r} is not one of {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[config.model_type]
-    values = {
-        "architectures": [family.architecture],
-        "model_type": config.model_type,
+    values = {"architectures": [family.architecture], "model_type": config.model_type, **_sizes_to_hf(config)}
+    values |= {**_ropes_to_hf(config, family), **_scales_to_hf(config, family), **_windows_to_hf(config, family)}
+    values |= {flag: getattr(config, ours) for ours, flag in family.bias_fields.items() if isinstance(flag, str)}
+    values["torch_dtype"] = str(config.param_dtype)
+    if not same_model(_parse(Path("config.json"), values), config):
+        raise ValueError(
+            f"a {config.model_type} config.json cannot express this config; choose the model_type whose files can"
+        )
+    return values
+
+
+def _sizes_to_hf(config: DecoderConfig) -> dict[str, Any]:
+    return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -317,40 +327,43 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        family.activation: config.hidden_act,
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": _rope_to_hf(config.rope_scaling),
-        "initializer_range": config.initializer_range,
         "tie_word_embeddings": config.tie_word_embeddings,
-        "torch_dtype": str(config.param_dtype),
+        "initializer_range": config.initializer_range,
     }
-    for ours, flag in family.bias_fields.items():
-        if isinstance(flag, str):
-            values[flag] = getattr(config, ours)
+
+
+def _scales_to_hf(config: DecoderConfig, family: Family) -> dict[str, Any]:
+    values: dict[str, Any] = {family.activation: config.hidden_act}
     for ours, theirs in family.positive.items():
         value = getattr(config, ours)
         values[theirs] = int(value) if ours == "query_scalar" and value == int(value) else value
-    if family.window != "none":
-        values["sliding_window"] = config.sliding_window
+    return values
+
+
+def _windows_to_hf(config: DecoderConfig, family: Family) -> dict[str, Any]:
+    if family.window == "none":
+        return {}
+    values: dict[str, Any] = {"sliding_window": config.sliding_window}
     if family.window == "upper":
         values["use_sliding_window"] = config.sliding_window is not None
     if family.window in ("upper", "pattern"):
         values["layer_types"] = [_LAYER_KINDS[window is not None] for window in config.windows]
+    return values
+
+
+def _ropes_to_hf(config: DecoderConfig, family: Family) -> dict[str, Any]:
+    values: dict[str, Any] = {"rope_theta": config.rope_theta}
     if family.sliding_rope:
         values[family.sliding_rope] = config.sliding_rope_theta
-    if config.sliding_rope_scaling is not None:
-        values["rope_parameters"] = {
-            kind: {"rope_theta": theta, **(_rope_to_hf(scaling) or {"rope_type": "default"})}
-            for kind, (theta, scaling) in zip(_LAYER_KINDS, config.ropes, strict=True)
-        }
-        del values["rope_scaling"]
-    if not same_model(_parse(Path("config.json"), values), config):
-        raise ValueError(
-            f"a {config.model_type} config.json cannot express this config; choose the model_type whose files can"
-        )
-    return values
+    if config.sliding_rope_scaling is None:
+        return values | {"rope_scaling": _rope_to_hf(config.rope_scaling)}
+    by_kind = {
+        kind: {"rope_theta": theta, **(_rope_to_hf(scaling) or {"rope_type": "default"})}
+        for kind, (theta, scaling) in zip(_LAYER_KINDS, config.ropes, strict=True)
+    }
+    return values | {"rope_parameters": by_kind}
 
 
 def _rope_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:

@@ -25,6 +25,7 @@ import numpy as np
 from mor_jax.adapters import Adapter, Leaves
 from mor_jax.adapters.registry import make_adapter
 from mor_jax.injection import AdapterPlan, init_leaves, resolve_sites
+from mor_jax.models.tensor_file import save_tensors
 from mor_jax.training.checkpoint import fingerprint
 from mor_jax.training.integrity import check_manifest, write_manifest
 
@@ -54,14 +55,12 @@ def save_adapter(
     Returns:
       Path of the folder.
     """
-    from safetensors.numpy import save_file
-
     directory = Path(directory)
     beside = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     tensors = _tensors(leaves)
-    save_file(tensors, str(beside / WEIGHTS))
+    save_tensors(tensors, beside / WEIGHTS)
     description = dict(metadata or {}) | _describe(plan)  # metadata that was read may be that of a larger rank
     description["shapes"] = {name: list(value.shape) for name, value in tensors.items()}
     description["constants_sha256"] = constants_sha256(leaves.constants)

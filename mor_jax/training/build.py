@@ -33,6 +33,7 @@ from mor_jax.injection import Adapted, AdapterPlan, resolve_sites
 from mor_jax.models import (
     DecoderConfig,
     EncoderConfig,
+    HeadKernel,
     ModelConfig,
     abstract_params,
     head_kernel,
@@ -49,7 +50,7 @@ from mor_jax.training.classification import (
     require_objective,
 )
 from mor_jax.training.config import ConfigError, TrainConfig
-from mor_jax.training.mesh import MeshError, check_batch, check_length, make_mesh
+from mor_jax.training.mesh import MeshError, check_batch, check_length, held_rows, make_mesh
 from mor_jax.training.metrics import TargetRow
 from mor_jax.training.optimizer import make_optimizer, optimizer_bytes, plan_decay_mask
 from mor_jax.training.sharding import check_heads, param_specs, shardings_of
@@ -62,7 +63,7 @@ class Batches(Protocol):
     """An endless iterator over batches whose place can be saved as JSON."""
 
     def __next__(self) -> Any:
-        """{name: (B, S) int32}."""
+        """{name: (B, S) int32}; of several processes, each may give the rows alone that it holds."""
         ...
 
     def get_state(self) -> dict[str, Any]:
@@ -129,7 +130,7 @@ def build_run(config: TrainConfig, optimizer: optax.GradientTransformation | Non
     mesh = choose_mesh(config)
     stored = for_backend(base_config(config), config, mesh)
     require_objective(config, stored)
-    batches, eval_batches, tasks, labels = _data(config, stored)
+    batches, eval_batches, tasks, labels = _data(config, stored, mesh)
     shape = classifier_config(stored, labels) if isinstance(stored, EncoderConfig) else stored
     config = dataclasses.replace(config, labels=labels)
     model = make_model(shape)
@@ -196,20 +197,27 @@ def choose_mesh(config: TrainConfig) -> jax.sharding.Mesh:
     Raises:
       MeshError: the mesh does not fit the devices or the batch.
     """
+    rows, count = config.batch_size // config.accumulate, jax.device_count()
     if config.mesh:
         mesh = make_mesh(config.mesh)
         check_batch(mesh, config.batch_size, config.accumulate)
         check_length(mesh, config.sequence_length)
-        return mesh
-    rows, count = config.batch_size // config.accumulate, jax.device_count()
-    used = max(n for n in range(1, count + 1) if rows % n == 0)
-    if used < count:
+        used = mesh.size
+    else:
+        used = max(n for n in range(1, count + 1) if rows % n == 0)
+        mesh = make_mesh(f"data={used}")
+    if used < count and jax.process_count() > 1:
+        raise MeshError(
+            f"mesh={config.mesh!r} and batch_size={config.batch_size} use {used} of {count} devices: several processes"
+            " must use all of theirs"
+        )
+    if used < count and not config.mesh:
         _LOGGER.warning("batch_size=%d uses %d of %d devices: a multiple uses all", config.batch_size, used, count)
-    return make_mesh(f"data={used}")
+    return mesh
 
 
-def frozen_head(plan: AdapterPlan, shape: DecoderConfig) -> Callable[[Any], jax.Array] | None:
-    """params -> (D, V), or None where the head is adapted or trained and whole logits are needed."""
+def frozen_head(plan: AdapterPlan, shape: DecoderConfig) -> Callable[[Any], HeadKernel] | None:
+    """params -> the head, or None where the head is adapted or trained and whole logits are needed."""
     head = "embed_tokens" if shape.tie_word_embeddings else "lm_head"
     if head in plan.trained_modules or any(path.endswith("lm_head") for path in plan.paths):
         _LOGGER.warning("the output head is trained: the loss holds whole logits instead of chunks")
@@ -221,7 +229,9 @@ Held = Callable[[], Iterable[Any]] | None
 LoadData = Callable[[Sequence[DataSource], Sequence[str] | None], Examples]
 
 
-def _data(config: TrainConfig, shape: ModelConfig) -> tuple[Batches, Held, tuple[str, ...], tuple[str, ...]]:
+def _data(
+    config: TrainConfig, shape: ModelConfig, mesh: jax.sharding.Mesh
+) -> tuple[Batches, Held, tuple[str, ...], tuple[str, ...]]:
     """(training batches, held-out passes or None, tasks, classes or none)."""
     tokenizer = _tokenizer(config.model)
     labels: tuple[str, ...] = ()
@@ -247,7 +257,7 @@ def _data(config: TrainConfig, shape: ModelConfig) -> tuple[Batches, Held, tuple
         if getattr(examples, name):
             _LOGGER.warning("%d of the examples were %s", getattr(examples, name), name)
     plan = _row_plan(config, examples)
-    batches = make_iterator(examples, plan, config.batch_size, config.seed)
+    batches = make_iterator(examples, plan, config.batch_size, config.seed, held_rows(mesh, config.batch_size))
     held = _held_out(config, load, examples.tasks) if config.eval_data else None
     return batches, held, examples.tasks, labels
 

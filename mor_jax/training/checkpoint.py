@@ -5,7 +5,8 @@
     checkpoints/120/manifest.json                          checksums of all of it, last: the commit
     checkpoints/bad/80                                     set aside: no manifest, or a file that fails its check
 
-A step without a manifest was never committed. The base model is not in here, only its fingerprint.
+A step without a manifest was never committed. The base model is not in here, only its fingerprint. Of several
+processes all write their shards; the first alone commits, verifies and moves, on a disk that all of them see.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mor_jax.training.distributed import first_decides, is_first
 from mor_jax.training.integrity import MANIFEST, IntegrityError, verify_manifest, write_manifest
 
 _LOGGER = logging.getLogger(__name__)
@@ -55,6 +57,9 @@ class Checkpoints:
 
     def newest_metadata(self) -> dict[str, Any] | None:
         """The metadata of the newest checkpoint that passes its check, or None; moves nothing and reads no array."""
+        return first_decides(self._newest_metadata)
+
+    def _newest_metadata(self) -> dict[str, Any] | None:
         for step in reversed(self.steps()):
             target = self.directory / str(step)
             if not verify_manifest(target):
@@ -102,7 +107,7 @@ class Checkpoints:
         target = self.directory / str(step)
         if not target.is_dir():
             raise CheckpointError(f"{target} was not written: check the disk")
-        if jax.process_index() == 0:
+        if is_first():
             write_manifest(target)
             for old in self.steps()[: -self.keep]:
                 (self.directory / str(old) / MANIFEST).unlink()  # first: half of a checkpoint is none
@@ -122,19 +127,26 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp
 
+        step = first_decides(self._newest_good)
+        if step is None:
+            return None
+        filled = {name: _abstract(item) for name, item in items.items() if jax.tree.leaves(item)}
+        parts = {name: ocp.args.StandardRestore(item) for name, item in filled.items()}
+        wanted = ocp.args.Composite(**parts, metadata=ocp.args.JsonRestore())
+        found = self._checkpointer().restore(self.directory / str(step), wanted)
+        restored = {name: found[name] if name in filled else item for name, item in items.items()}
+        return step, restored, dict(found[_METADATA])
+
+    def _newest_good(self) -> int | None:
+        """The newest step that passes its check, or None when nothing was committed; moves away what is worse."""
         last: IntegrityError | None = None
         for step in reversed(self._set_aside_unfinished()):
             target = self.directory / str(step)
             bad = verify_manifest(target)
-            if bad:
-                last = IntegrityError(self._set_aside(target), bad)
-                _LOGGER.warning("%s", last)
-                continue
-            filled = {name: _abstract(item) for name, item in items.items() if jax.tree.leaves(item)}
-            parts = {name: ocp.args.StandardRestore(item) for name, item in filled.items()}
-            found = self._checkpointer().restore(target, ocp.args.Composite(**parts, metadata=ocp.args.JsonRestore()))
-            restored = {name: found[name] if name in filled else item for name, item in items.items()}
-            return step, restored, dict(found[_METADATA])
+            if not bad:
+                return step
+            last = IntegrityError(self._set_aside(target), bad)
+            _LOGGER.warning("%s", last)
         if last is not None:
             raise last
         return None
@@ -145,6 +157,10 @@ class Checkpoints:
         if self._orbax is not None:
             self._orbax.close()
             self._orbax = None
+
+    def abandon(self) -> None:
+        """Forgets the checkpoint under way, which the processes of a run cannot finish without one another."""
+        self._pending = self._orbax = None
 
     def _checkpointer(self) -> Any:
         import orbax.checkpoint as ocp

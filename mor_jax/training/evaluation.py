@@ -46,7 +46,7 @@ class Evaluation:
         """
         sums, owners = [], []
         for batch in self.batches():
-            sums.append(self._sum(state, params, put_batch(dict(batch), self.mesh)))
+            sums.append(self._sum(state, params, put_batch(batch, self.mesh)))
             owners.append(_task_of(batch))
         totals = np.array(jax.device_get(sums), np.float64).reshape(len(sums), 2)
         loss, tokens = totals.sum(0)
@@ -61,7 +61,7 @@ class Evaluation:
         """Compiles for the shape of the first batch; a pass then compiles nothing."""
         batch = next(iter(self.batches()))
         arguments = (state.adapters, state.adapter_state, self.constants, params)
-        self.function.lower(*arguments, put_batch(dict(batch), self.mesh)).compile()
+        self.function.lower(*arguments, put_batch(batch, self.mesh)).compile()
 
     def _sum(self, state: TrainState, params: Any, batch: Any) -> Any:
         return self.function(state.adapters, state.adapter_state, self.constants, params, batch)

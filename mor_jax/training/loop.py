@@ -4,6 +4,9 @@ Each turn dispatches a step, then does what falls due on its result (evaluate, s
 batch, so that the data's place in a checkpoint is that of the next step. A step's metrics are fetched after the next
 step was dispatched, hence the device never waits for the host; whatever falls due fetches them first, so that nothing
 is ever saved on top of a step that was not finite.
+
+Of several processes each runs this loop on its own rows; process 0 alone writes metrics, adapter and manifest, and a
+signal to any of them stops all at the same step.
 """
 
 from __future__ import annotations
@@ -29,14 +32,24 @@ from mor_jax.training.adapter_file import save_adapter
 from mor_jax.training.build import Run, build_run, target_rows
 from mor_jax.training.checkpoint import Checkpoints, fingerprint
 from mor_jax.training.config import ConfigError, TrainConfig, config_to_mapping
+from mor_jax.training.distributed import (
+    LostPeerError,
+    Pulse,
+    barrier,
+    check_same_everywhere,
+    first_decides,
+    gathered,
+    is_alone,
+    is_first,
+    is_lost_peer,
+)
 from mor_jax.training.evaluation import Evaluation, make_evaluation
 from mor_jax.training.events import Events, make_events
 from mor_jax.training.mesh import put_batch
 from mor_jax.training.metrics import (
-    MetricsWriter,
-    Progress,
+    Output,
     Throughput,
-    memory_bytes,
+    peak_memory,
     print_targets,
     router_metrics,
 )
@@ -66,11 +79,12 @@ def train(config: TrainConfig, optimizer: optax.GradientTransformation | None = 
       ConfigError, MeshError, ModelFileError, DataError, InjectionError: bad input; nothing was written.
       NonFiniteError: loss, gradient or update of a step was not finite; the last checkpoint is that of a good step.
       IntegrityError: told to resume, and no checkpoint passes its check any more.
+      LostPeerError: another process of the run is gone.
       SystemExit: SIGTERM; saved, code 143.
       KeyboardInterrupt: Ctrl-C; saved.
     """
     with StopRequest() as stop:
-        check_output_dir(config)
+        first_decides(lambda: check_output_dir(config))
         checkpoints = Checkpoints(Path(config.output_dir) / "checkpoints", config.keep_checkpoints)
         saved = checkpoints.newest_metadata() if config.resume else None
         if saved is not None:
@@ -86,11 +100,16 @@ def run_training(run: Run, stop: StopRequest | None = None, custom_optimizer: bo
       stop: tells when to stop; None never does.
       custom_optimizer: whether the optimiser is other than `run.config` names.
     """
-    check_output_dir(run.config)
+    first_decides(lambda: check_output_dir(run.config))
     loop = _set_up(run, stop or StopRequest(), custom_optimizer)
     try:
         loop.run_steps()
         result = loop.finish()
+    except jax.errors.JaxRuntimeError as error:
+        if is_lost_peer(error):
+            loop.checkpoints.abandon()
+            raise LostPeerError(error) from error
+        raise
     finally:
         loop.close()
     return result
@@ -108,8 +127,8 @@ class _Loop:
     constants: Any
     evaluation: Evaluation | None
     checkpoints: Checkpoints
-    writer: MetricsWriter
-    progress: Progress
+    output: Output | None  # of process 0
+    pulse: Pulse | None  # of several processes
     metadata: dict[str, Any]  # of every checkpoint: configuration and fingerprint
     done: int
     losses: collections.deque[float]
@@ -119,6 +138,7 @@ class _Loop:
     step_seconds: float = 0.0  # mean, after step 2
     pending: tuple[int, float | None, Any] | None = None  # step, real tokens, metrics on the device
     evaluated: dict[str, Any] = field(default_factory=dict)
+    agreed: int = 0  # the signal that all processes know of
 
     def run_steps(self) -> None:
         """All steps that are left, and what falls due after each."""
@@ -133,6 +153,7 @@ class _Loop:
             self.done += 1
             self.state, reports = self.events(self.done, self.state, self.run.params, batch)
             metrics |= {"events": reports} if reports else {}
+            metrics |= {} if self.pulse is None else {"pulse": self.pulse(self.stop.signal, batch)}
             previous, self.pending = self.pending, (self.done, tokens, metrics)
             self._report(previous)
             self._do_what_is_due()
@@ -144,10 +165,13 @@ class _Loop:
         run, config = self.run, self.run.config
         if self.evaluation is not None and not self.evaluated:  # resumed after the last step
             self.evaluated = self.evaluation(self.state, run.params)
-        leaves = Leaves(self.state.adapters, self.state.adapter_state, self.constants)
+        leaves = gathered(Leaves(self.state.adapters, self.state.adapter_state, self.constants))
         about = {"base_fingerprint": self.metadata["base_fingerprint"], "model": config.model, "seed": config.seed}
         about |= {"tasks": list(run.tasks), "steps": self.done}
-        save_adapter(Path(config.output_dir) / "adapter", run.plan, leaves, about)
+        if is_first():
+            save_adapter(Path(config.output_dir) / "adapter", run.plan, leaves, about)
+        self.checkpoints.commit()
+        barrier("the adapter is there")
         return {
             "steps": self.done,
             "loss": float(np.mean(self.losses)),
@@ -160,13 +184,13 @@ class _Loop:
 
     def close(self) -> None:
         """Commits the checkpoint under way and closes all files."""
-        self.progress.close()
-        self.writer.close()
+        if self.output is not None:
+            self.output.close()
         self.checkpoints.close()
 
     def _do_what_is_due(self) -> None:
         config, last = self.run.config, self.done == self.run.config.steps
-        stopping = self.stop.signal is not None
+        stopping = self._asked_to_stop() is not None
         evaluate = self.evaluation is not None and (last or _is_due(self.done, config.eval_every))
         save = last or stopping or _is_due(self.done, config.save_every)
         if evaluate or save:
@@ -176,19 +200,25 @@ class _Loop:
             self._save()
         if stopping and not last:
             self.checkpoints.commit()
+            barrier("stopped")
+            self.stop.signal = self._asked_to_stop()
             self.stop.raise_if_requested()
         self.checkpoints.poll()
+
+    def _asked_to_stop(self) -> int | None:
+        """The signal to this process; of several, the one that all of them know of by now."""
+        return self.stop.signal if self.pulse is None else self.agreed or None
 
     def _save(self) -> None:
         place = {"iterator": self.run.batches.get_state(), "last_losses": list(self.losses)}
         self.checkpoints.save(self.done, _items(self.state), self.metadata | place)
 
     def _next_batch(self) -> tuple[Any, float | None]:
-        """The next batch on the devices, and its real tokens where it tells."""
+        """The next batch on the devices, and its real tokens where it tells and all rows are here."""
         batch = next(self.run.batches)
-        segments = batch.get("segment_ids")
+        segments = batch.get("segment_ids") if self.pulse is None else None
         tokens = None if segments is None else float(np.count_nonzero(segments))
-        return put_batch(dict(batch), self.run.mesh), tokens
+        return put_batch(batch, self.run.mesh, self.run.config.batch_size), tokens
 
     def _report(self, pending: tuple[int, float | None, Any] | None, evaluate: bool = False) -> None:
         """Fetches a step's metrics, stops at what is not finite, and writes its line."""
@@ -199,13 +229,15 @@ class _Loop:
         bad = int(metrics["bad_leaf"])
         if bad >= 0:
             raise NonFiniteError(step, self.step.names[bad])
+        if self.pulse is not None:
+            self.agreed, tokens = int(metrics["pulse"]["signal"]), metrics["pulse"].get("real_tokens")
         self.losses.append(float(metrics["loss"]))
-        self.rate = self.throughput.add(float(metrics["tokens"]) if tokens is None else tokens)
+        self.rate = self.throughput.add(float(metrics["tokens"] if tokens is None else tokens))
         self.step_seconds = self.throughput.step_seconds()
         values = {name: metrics[name] for name in ("loss", "tokens", "gradient_norm")}
         if not self.metadata["custom_optimizer"]:
             values["learning_rate"] = self.learning_rates[step - 1]
-        values |= {"tokens_per_second": self.rate, "peak_memory_bytes": memory_bytes()}
+        values |= {"tokens_per_second": self.rate, **peak_memory()}
         values |= {name: metrics[name] for name in ("penalty", "rank", "events") if name in metrics}
         values |= router_metrics(metrics["statistics"], self.run.tasks)
         if evaluate and self.evaluation is not None:
@@ -213,8 +245,8 @@ class _Loop:
             self.evaluated = self.evaluation(self.state, self.run.params)
             values |= self.evaluated
             self.throughput.leave_out(time.perf_counter() - started)
-        self.writer.write(step, values)
-        self.progress.update(step, self.losses[-1], self.rate)
+        if self.output is not None:
+            self.output.write(step, values)
 
 
 def _is_due(step: int, every: int) -> bool:
@@ -234,9 +266,11 @@ def _set_up(run: Run, stop: StopRequest, custom_optimizer: bool) -> _Loop:
         "base_fingerprint": fingerprint(run.params),
         "custom_optimizer": custom_optimizer,
     }
+    check_same_everywhere(metadata["config"] | {"data": run.batches.get_state()})
     checkpoints = Checkpoints(Path(config.output_dir) / "checkpoints", config.keep_checkpoints)
     done, state, losses = _restore(run, checkpoints, state, metadata) if config.resume else (0, state, [])
-    print_targets(target_rows(run, state.adapters), f"{config.method} on {config.model}")
+    if is_first():
+        print_targets(target_rows(run, state.adapters), f"{config.method} on {config.model}")
     step = make_step(
         run.adapted,
         run.optimizer,
@@ -256,8 +290,8 @@ def _set_up(run: Run, stop: StopRequest, custom_optimizer: bool) -> _Loop:
         evaluation = make_evaluation(
             run.loss, run.eval_batches, mesh=run.mesh, constants=constants, shardings=shardings, tasks=run.tasks
         )
-    _compile(run, step, evaluation, state, done)
-    directory = write_run_folder(config)
+    pulse = None if is_alone() else Pulse(run.mesh)
+    _compile(run, step, evaluation, pulse, state, done)
     return _Loop(
         run=run,
         stop=stop,
@@ -267,8 +301,8 @@ def _set_up(run: Run, stop: StopRequest, custom_optimizer: bool) -> _Loop:
         constants=constants,
         evaluation=evaluation,
         checkpoints=checkpoints,
-        writer=MetricsWriter(directory, done),
-        progress=Progress(config.steps, done, config.log_every),
+        output=Output(write_run_folder(config), config.steps, done, config.log_every) if is_first() else None,
+        pulse=pulse,
         metadata=metadata,
         done=done,
         losses=collections.deque(losses, LAST_LOSSES),
@@ -280,7 +314,7 @@ def _score_batch(run: Run, rules: Rules) -> Any:
     """The first held-out batch on the devices, which events score on; None where nothing is held out or scored."""
     if not rules.events or run.eval_batches is None:
         return None
-    return put_batch(dict(next(iter(run.eval_batches()))), run.mesh)
+    return put_batch(next(iter(run.eval_batches())), run.mesh)
 
 
 def _restore(
@@ -317,12 +351,18 @@ def _items(state: TrainState) -> dict[str, Any]:
     return parts | {"counters": counters}
 
 
-def _compile(run: Run, step: Step, evaluation: Evaluation | None, state: TrainState, done: int) -> None:
-    """Compiles step and evaluation, so that no later call compiles anything."""
+def _compile(
+    run: Run, step: Step, evaluation: Evaluation | None, pulse: Pulse | None, state: TrainState, done: int
+) -> None:
+    """Compiles step, evaluation and pulse, so that no later call compiles anything."""
+    batch: Any = None
     if done < run.config.steps:
         place = run.batches.get_state()
-        batch = put_batch(dict(next(run.batches)), run.mesh)
+        batch = put_batch(next(run.batches), run.mesh, run.config.batch_size)
         run.batches.set_state(place)
         step.lower(state, run.params, batch).compile()
     if evaluation is not None:
         evaluation.compile(state, run.params)
+    barrier("compiled")  # on CPUs those that never met wait for each other for half a minute only
+    if pulse is not None and batch is not None:
+        pulse(None, batch)

@@ -31,34 +31,42 @@ def cross_entropy(logits: Array, targets: Array, mask: Array) -> tuple[Array, Ar
 
 
 def chunked_cross_entropy(
-    hidden: Array, head: Array, targets: Array, mask: Array, chunk: int = 1024, softcap: float | None = None
+    hidden: Array,
+    head: Array,
+    targets: Array,
+    mask: Array,
+    chunk: int = 1024,
+    softcap: float | None = None,
+    vocabulary_axis: int = 1,
 ) -> tuple[Array, Array]:
     """`cross_entropy` of `hidden @ head` with only `chunk` tokens' logits alive; no gradient reaches `head`.
 
     Args:
       hidden: (B, S, D), the final hidden states.
-      head: (D, V), frozen.
+      head: (D, V), or (V, D) with `vocabulary_axis` 0; frozen. It is read as it lies, without a transposed copy.
       targets: (B, S) int32.
       mask: (B, S), 1 where a target counts.
       chunk: tokens whose logits are alive at a time.
       softcap: c of c * tanh(logits / c), or None.
+      vocabulary_axis: of `head`.
 
     Returns:
       (loss_sum, token_count), float32 scalars.
     """
-    return _chunked(hidden, head, targets, mask.astype(jnp.float32), chunk, softcap), jnp.sum(mask.astype(jnp.float32))
+    mask = mask.astype(jnp.float32)
+    return _chunked(hidden, head, targets, mask, chunk, softcap, vocabulary_axis), jnp.sum(mask)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _chunked(hidden: Array, head: Array, targets: Array, mask: Array, chunk: int, softcap: float | None) -> Array:
-    return _scan_chunks(hidden, head, targets, mask, chunk, softcap, with_gradient=False)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _chunked(hidden, head, targets, mask, chunk, softcap, vocabulary_axis) -> Array:
+    return _scan_chunks(hidden, head, targets, mask, chunk, softcap, vocabulary_axis, with_gradient=False)[0]
 
 
-def _chunked_forward(hidden, head, targets, mask, chunk, softcap):
-    return _scan_chunks(hidden, head, targets, mask, chunk, softcap, with_gradient=True)
+def _chunked_forward(hidden, head, targets, mask, chunk, softcap, vocabulary_axis):
+    return _scan_chunks(hidden, head, targets, mask, chunk, softcap, vocabulary_axis, with_gradient=True)
 
 
-def _chunked_backward(chunk, softcap, gradient, cotangent):
+def _chunked_backward(chunk, softcap, vocabulary_axis, gradient, cotangent):
     return (gradient * cotangent).astype(gradient.dtype), None, None, None
 
 
@@ -72,7 +80,7 @@ def _token_losses(logits: Array, targets: Array) -> tuple[Array, Array]:
     return log_normalizer - chosen, log_normalizer
 
 
-def _scan_chunks(hidden, head, targets, mask, chunk, softcap, with_gradient):
+def _scan_chunks(hidden, head, targets, mask, chunk, softcap, vocabulary_axis, with_gradient):
     """(loss sum, gradient of hidden (B, S, D) or None).
 
     Each chunk takes evenly spaced tokens of every row, so that tokens stay on the devices that hold them.
@@ -88,7 +96,7 @@ def _scan_chunks(hidden, head, targets, mask, chunk, softcap, with_gradient):
 
     def body(total, inputs):
         hidden_piece, targets_piece, mask_piece = inputs
-        loss, gradient = _chunk(hidden_piece, targets_piece, mask_piece, head, softcap, with_gradient)
+        loss, gradient = _chunk(hidden_piece, targets_piece, mask_piece, head, softcap, vocabulary_axis, with_gradient)
         return total + loss, gradient
 
     total, gradient = jax.lax.scan(body, jnp.zeros((), jnp.float32), (split(hidden), split(targets), split(mask)))
@@ -97,8 +105,11 @@ def _scan_chunks(hidden, head, targets, mask, chunk, softcap, with_gradient):
     return total, gradient
 
 
-def _chunk(hidden, targets, mask, head, softcap, with_gradient):
-    logits = jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+def _chunk(hidden, targets, mask, head, softcap, vocabulary_axis, with_gradient):
+    def contract(x: Array, axis: int) -> Array:
+        return jnp.tensordot(x, head.astype(hidden.dtype), ((-1,), (axis,)), preferred_element_type=jnp.float32)
+
+    logits = contract(hidden, 1 - vocabulary_axis)
     capped = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
     losses, log_normalizer = _token_losses(capped, targets)
     loss = jnp.sum(jnp.where(mask > 0, losses * mask, 0.0))
@@ -109,4 +120,4 @@ def _chunk(hidden, targets, mask, head, softcap, with_gradient):
     if softcap is not None:
         error = error * (1.0 - jnp.square(capped / softcap))
     error = jnp.where(mask[..., None] > 0, error * mask[..., None], 0.0).astype(hidden.dtype)
-    return loss, jnp.matmul(error, head.astype(hidden.dtype).T, preferred_element_type=jnp.float32).astype(hidden.dtype)
+    return loss, contract(error, vocabulary_axis).astype(hidden.dtype)

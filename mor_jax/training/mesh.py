@@ -12,10 +12,11 @@ shardings for what goes in and comes out.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -111,6 +112,42 @@ def check_length(mesh: Mesh, sequence_length: int) -> None:
         raise MeshError(f"sequence_length={sequence_length}: sequence={ways} needs a multiple of {ways}")
 
 
-def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, Array]:
-    """The batch on the devices of `mesh`, rows dealt over `data` and `fsdp`, their tokens over `sequence`."""
-    return jax.device_put(batch, batch_sharding(mesh))
+def held_rows(mesh: Mesh, batch_size: int, devices: Sequence[Any] | None = None) -> np.ndarray:
+    """The rows of a batch that `devices` (None: those of this process) hold, ascending. (R,) int64.
+
+    With a `tensor` axis across hosts several processes hold the same rows.
+    """
+    own = set(mesh.local_devices if devices is None else devices)
+    places = NamedSharding(mesh, PartitionSpec(BATCH_AXES)).devices_indices_map((batch_size,))
+    held = [np.arange(batch_size)[index[0]] for device, index in places.items() if device in own]
+    return np.unique(np.concatenate(held))
+
+
+def put_batch(batch: Mapping[str, Any], mesh: Mesh, batch_size: int | None = None) -> dict[str, Array]:
+    """The batch on the devices of `mesh`, rows dealt over `data` and `fsdp`, their tokens over `sequence`.
+
+    Args:
+      batch: {name: (B, ...)} with all rows, or with those that this process holds, in the order of `held_rows`.
+      mesh: of the run.
+      batch_size: B; None where `batch` has all rows.
+
+    Raises:
+      MeshError: the rows are neither all nor those of this process.
+    """
+    sharding = batch_sharding(mesh)
+    if sharding.is_fully_addressable:
+        return jax.device_put(dict(batch), sharding)
+    rows = len(next(iter(batch.values())))
+    total = batch_size or rows
+    held = np.arange(total) if rows == total else held_rows(mesh, total)
+    if len(held) != rows:
+        raise MeshError(f"a batch of {rows} rows: give all {total}, or the {len(held)} of this process")
+
+    def place(value: Any) -> Array:
+        def part(index: Any) -> np.ndarray:
+            first = int(np.searchsorted(held, index[0].start or 0))
+            return np.asarray(value)[first : first + total // row_ways(mesh), *index[1:]]
+
+        return jax.make_array_from_callback((total, *value.shape[1:]), sharding, part)
+
+    return {name: place(value) for name, value in batch.items()}

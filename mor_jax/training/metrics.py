@@ -150,7 +150,7 @@ class Progress:
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Moves the bar to `step`."""
         if step % self._every == 0:
-            memory = f"{memory_bytes() / 2**30:.2f} GiB"
+            memory = f"{max(bytes or 0 for bytes in peak_memory().values()) / 2**30:.2f} GiB"
             self._bar.set_postfix(loss=f"{loss:.4f}", tokens=f"{tokens_per_second:.0f}/s", memory=memory, refresh=False)
         self._bar.update(step - self._bar.n)
 
@@ -159,12 +159,31 @@ class Progress:
         self._bar.close()
 
 
-def memory_bytes() -> int:
-    """Peak bytes in use: of the fullest local device where it tells, else of this process."""
+class Output:
+    """What process 0 keeps and shows of each step: its line, its events, the bar."""
+
+    def __init__(self, directory: str | Path, steps: int, start: int = 0, every: int = 1):
+        self._writer = MetricsWriter(directory, start)
+        self._progress = Progress(steps, start, every)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes the values of a step, and moves the bar by its `loss` and `tokens_per_second`."""
+        self._writer.write(step, values)
+        self._progress.update(step, float(values["loss"]), float(values["tokens_per_second"]))
+
+    def close(self) -> None:
+        """Ends the bar's line and closes the files."""
+        self._progress.close()
+        self._writer.close()
+
+
+def peak_memory() -> dict[str, int | None]:
+    """`peak_rss_bytes` of this process, and `peak_device_bytes` of its fullest device, None where none tells."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    device_peak = max((entry.get("peak_bytes_in_use", 0) for entry in stats), default=0)
+    told = [entry["peak_bytes_in_use"] for entry in stats if "peak_bytes_in_use" in entry]
     unit = 1 if sys.platform == "darwin" else 1024
-    return device_peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"peak_rss_bytes": rss, "peak_device_bytes": max(told, default=None)}
 
 
 class Throughput:

@@ -12,21 +12,22 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mor_jax.injection import Adapted, AdapterPlan, resolve_sites
 from mor_jax.models import Decoder, DecoderConfig, abstract_params
-from mor_jax.optim import plan_rules
+from mor_jax.optim import Rules, plan_rules
 from mor_jax.training.backend import for_backend
 from mor_jax.training.build import base_specs, decoder_loss
 from mor_jax.training.config import TrainConfig
 from mor_jax.training.hlo import Traffic, count_flops, measure_traffic
 from mor_jax.training.mesh import MeshError, check_batch, check_length, make_mesh
 from mor_jax.training.optimizer import make_optimizer, plan_decay_mask
-from mor_jax.training.step import Step, abstract_state, make_step
+from mor_jax.training.step import Loss, StateShardings, Step, TrainState, abstract_state, make_step
 from mor_jax.training.topology import Chip, Topology
 
 BATCH_FIELDS = ("input_ids", "targets", "loss_mask", "segment_ids", "positions", "task_ids", "prompt_mask")
@@ -82,10 +83,55 @@ class Forecast:
     problem: str = ""
 
 
-def plan_step(
-    config: TrainConfig, shape: DecoderConfig, mesh: jax.sharding.Mesh
-) -> tuple[Step, tuple[Any, Any, Any], AdapterPlan]:
-    """(the step of a run on `mesh`, its arguments as shapes, its adapter plan); nothing is allocated.
+class LaidOut(NamedTuple):
+    """A run as shapes on a mesh: nothing is allocated.
+
+    Attributes:
+      adapted: the model with its plan.
+      params: the frozen base.
+      optimizer: wrapped by the rules.
+      rules: of the methods.
+      state: before step one.
+      constants: of the adapters.
+      shardings: of all these.
+      loss: of the step.
+    """
+
+    adapted: Adapted
+    params: Any
+    optimizer: optax.GradientTransformation
+    rules: Rules
+    state: TrainState
+    constants: Any
+    shardings: StateShardings
+    loss: Loss
+
+    @property
+    def plan(self) -> AdapterPlan:
+        """Where the adapters sit."""
+        assert self.adapted.plan is not None
+        return self.adapted.plan
+
+    def placed(self) -> tuple[Any, Any, Any]:
+        """Base, state and constants as shapes that know where they lie."""
+
+        def place(tree: Any, shardings: Any) -> Any:
+            return jax.tree.map(
+                lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), tree, shardings
+            )
+
+        own = self.shardings
+        return place(self.params, own.params), place(self.state, own.state), place(self.constants, own.constants)
+
+
+def local_bytes(tree: Any) -> int:
+    """Bytes on one device of shapes that know where they lie."""
+    shapes = ((leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(tree))
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
+
+
+def lay_out(config: TrainConfig, shape: DecoderConfig, mesh: jax.sharding.Mesh) -> LaidOut:
+    """The run of `config` on `mesh`.
 
     Args:
       config: of the run; its batch size, sequence length, method, targets and optimiser count.
@@ -109,19 +155,28 @@ def plan_step(
     rules = plan_rules(plan, config.steps)
     optimizer = rules.wrap(make_optimizer(config, None, plan_decay_mask(plan)))
     state, constants, shardings = abstract_state(adapted, params, optimizer, mesh, specs, rules)
+    loss = decoder_loss(config, adapted, plan, shape)
+    return LaidOut(adapted, params, optimizer, rules, state, constants, shardings, loss)
+
+
+def plan_step(
+    config: TrainConfig, shape: DecoderConfig, mesh: jax.sharding.Mesh
+) -> tuple[Step, tuple[Any, Any, Any], AdapterPlan]:
+    """(the step of a run on `mesh`, its arguments as shapes, its adapter plan); arguments and errors of `lay_out`."""
+    run = lay_out(config, shape, mesh)
     step = make_step(
-        adapted,
-        optimizer,
-        loss=decoder_loss(config, adapted, plan, shape),
+        run.adapted,
+        run.optimizer,
+        loss=run.loss,
         accumulate=config.accumulate,
         num_tasks=1,
-        constants=constants,
-        shardings=shardings,
-        adapters=state.adapters,
-        rules=rules,
+        constants=run.constants,
+        shardings=run.shardings,
+        adapters=run.state.adapters,
+        rules=run.rules,
     )
     rows = jax.ShapeDtypeStruct((config.batch_size, config.sequence_length), jnp.int32)
-    return step, (state, params, {name: rows for name in BATCH_FIELDS}), plan
+    return step, (run.state, run.params, {name: rows for name in BATCH_FIELDS}), run.plan
 
 
 def forecast(config: TrainConfig, shape: DecoderConfig, topology: Topology) -> Forecast:
@@ -156,10 +211,9 @@ def forecast(config: TrainConfig, shape: DecoderConfig, topology: Topology) -> F
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        used = _used_bytes(str(error))
-        if used is None:
+        if used_bytes(str(error)) is None:
             raise
-        return Forecast(**common, fits=False, peak_bytes_per_device=used, problem=" ".join(str(error).split())[:300])
+        return _refused(str(error), local_bytes(lay_out(config, shape, mesh).placed()), common)
     memory, traffic = compiled.memory_analysis(), measure_traffic(compiled.as_text())
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -178,6 +232,16 @@ def forecast(config: TrainConfig, shape: DecoderConfig, topology: Topology) -> F
         },
         gathered_stacks=_gathered_stacks(params, traffic),
         **roofline(common["flops"], traffic, mesh.size, topology.chip, useful),
+    )
+
+
+def _refused(message: str, argument_bytes: int, common: dict[str, Any]) -> Forecast:
+    return Forecast(
+        **common,
+        fits=False,
+        peak_bytes_per_device=used_bytes(message) or 0,
+        argument_bytes=argument_bytes,
+        problem=" ".join(message.split())[:300],
     )
 
 
@@ -215,7 +279,7 @@ def _matrix_size(shape: DecoderConfig) -> int:
     return size + (shape.vocab_size * shape.hidden_size if shape.tie_word_embeddings else 0)
 
 
-def _used_bytes(message: str) -> int | None:
+def used_bytes(message: str) -> int | None:
     """Bytes that a compiler's out-of-memory message says it needed (0: it does not say); None for other messages."""
     if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
         return None

@@ -25,6 +25,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from mor_jax.adapters import AdapterInputs, Leaves
 from mor_jax.injection import Adapted, AdapterPlan, adapter_specs, init_leaves
+from mor_jax.models import HeadKernel
 from mor_jax.models.logical_axes import RESIDUAL, split_ways
 from mor_jax.optim import Rules, mean_penalty
 from mor_jax.training.accumulation import count_partial_sums, sum_micro_batches
@@ -71,13 +72,16 @@ class TrainState(NamedTuple):
 
 
 def language_model_loss(
-    adapted: Adapted, head: Callable[[Params], Array] | None = None, chunk: int = 1024, softcap: float | None = None
+    adapted: Adapted,
+    head: Callable[[Params], HeadKernel] | None = None,
+    chunk: int = 1024,
+    softcap: float | None = None,
 ) -> Loss:
     """The next-token loss of a decoder.
 
     Args:
       adapted: around a decoder with arguments (input_ids, positions, segment_ids, output=).
-      head: params -> (D, V), the frozen head: the loss then runs over chunks of tokens. None takes whole logits, as a
+      head: params -> the frozen head: the loss then runs over chunks of tokens. None takes whole logits, as a
         head that is itself trained or adapted needs.
       chunk: tokens whose logits are alive at a time on each device.
       softcap: of the logits, or None.
@@ -93,10 +97,12 @@ def language_model_loss(
             return cross_entropy(logits, batch["targets"], batch["loss_mask"])
         hidden = adapted.apply(variables, *arguments, output="hidden", adapter_inputs=inputs)
         hidden = with_logical_constraint(hidden, RESIDUAL)
-        kernel = jax.lax.stop_gradient(head(variables["params"]))
-        kernel = with_logical_constraint(kernel, (None, "vocab"))  # gathered once, not in every chunk
+        kernel, vocabulary_axis = head(variables["params"])
+        axes = ("vocab", None) if vocabulary_axis == 0 else (None, "vocab")
+        kernel = with_logical_constraint(jax.lax.stop_gradient(kernel), axes)  # gathered once, not in every chunk
         tokens = chunk * split_ways("batch", "length")
-        return chunked_cross_entropy(hidden, kernel, batch["targets"], batch["loss_mask"], tokens, softcap)
+        told = (batch["targets"], batch["loss_mask"], tokens, softcap, vocabulary_axis)
+        return chunked_cross_entropy(hidden, kernel, *told)
 
     return loss
 

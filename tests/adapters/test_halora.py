@@ -68,6 +68,17 @@ def test_noise_of_the_training_forward(sigma):
     np.testing.assert_allclose(y[:1], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_output_in_one_is_the_noisy_base_and_the_change():
+    adapter = HaLoRA()
+    kernel, leaves = _filled(adapter)
+    x = jax.random.normal(KEY, (2, 3, 40))
+    y = adapter.output(leaves, x, kernel, AdapterInputs(noise_step=jnp.int32(3)))
+    expected = x @ kernel.dense() + _delta(adapter, leaves, x, kernel, 3)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    assert adapter.output(leaves, x, kernel, AdapterInputs()) is None
+    assert HaLoRA(sigma=0.0).output(leaves, x, kernel, AdapterInputs(noise_step=jnp.int32(3))) is None
+
+
 def test_unit_of_the_largest_weight_of_a_tile():
     values = np.asarray(jax.random.normal(KEY, (70, 130)))
     found = np.asarray(tile_max(jnp.asarray(values)))

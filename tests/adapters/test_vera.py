@@ -7,7 +7,8 @@ import one_layer
 import pytest
 from llama import ATTENTION, FFN, count
 
-from mor_jax.adapters import Kernel, Site, VeRA
+from mor_jax.adapters import AdapterInputs, Kernel, Site, VeRA
+from mor_jax.adapters.vera import merged_product
 
 KEY = jax.random.key(0)
 
@@ -50,6 +51,57 @@ def test_a_site_reads_the_upper_left_part():
     change = one_layer.delta(adapter, own._replace(constants=shared), x, kernel)
     expected = (x @ shared["a"][:4] * own.params["d"]) @ shared["b"][:, :5] * own.params["lam_b"]
     np.testing.assert_allclose(change, expected, rtol=1e-5, atol=1e-6)
+
+
+def _merged(tokens=(2, 5), rows=9, columns=7, rank=3):
+    """The method, its leaves, kernel and x, and the arguments of ``merged_product``."""
+    adapter, kernel = VeRA(rank=rank), one_layer.kernel_of(KEY, rows, columns)
+    leaves = one_layer.scramble(one_layer.start(adapter, KEY, kernel), KEY, std=1.0)
+    constants = adapter.shared(KEY, (one_layer.site_of(kernel), Site("large", rows + 3, columns + 2))).constants
+    leaves = leaves._replace(constants=constants)
+    x, params = jax.random.normal(KEY, (*tokens, rows)), leaves.params
+    return adapter, leaves, kernel, (x, kernel.value, constants["a"], constants["b"], params["d"], params["lam_b"])
+
+
+def test_the_merged_form_is_the_same_map_with_the_same_gradients():
+    adapter, leaves, kernel, arguments = _merged()
+
+    def plain(x, kernel, a, b, d, lam_b):
+        return x @ kernel + ((x @ a[:9]) * d) @ b[:, :7] * lam_b
+
+    expected = plain(*arguments)
+    y = adapter.output(leaves, arguments[0], kernel, AdapterInputs())
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        y, arguments[0] @ kernel.value + one_layer.delta(adapter, leaves, arguments[0], kernel), rtol=1e-5, atol=1e-5
+    )
+    g = jax.random.normal(jax.random.key(1), expected.shape)
+    gradients = [jax.vjp(function, *arguments)[1](g) for function in (merged_product, plain)]
+    for actual, wanted in zip(*gradients, strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_few_tokens_and_narrow_dtypes_keep_the_factors_apart():
+    adapter, leaves, kernel, arguments = _merged(tokens=(3,))  # 9 * 7 / (9 + 7) = 3.9
+    assert adapter.output(leaves, arguments[0], kernel, AdapterInputs()) is None
+    adapter, leaves, kernel, arguments = _merged(tokens=(4,))
+    assert adapter.output(leaves, arguments[0], kernel, AdapterInputs()) is not None
+    assert adapter.output(leaves, arguments[0].astype(jnp.bfloat16), kernel, AdapterInputs()) is None
+
+
+def test_the_step_computes_no_gradient_of_frozen_arrays():
+    """Forward and backward are the five products that the trained vectors and x need, counted by XLA."""
+    tokens, rows, columns, rank = 128, 48, 32, 8
+    _, _, _, (x, kernel, a, b, d, lam_b) = _merged((tokens,), rows, columns, rank)
+
+    def run(x, kernel, a, b, d, lam_b, g):
+        y, pullback = jax.vjp(lambda x, d, lam_b: merged_product(x, kernel, a, b, d, lam_b), x, d, lam_b)
+        return y, pullback(g)
+
+    g = jnp.ones((tokens, columns))
+    counted = jax.jit(run).lower(x, kernel, a, b, d, lam_b, g).compile().cost_analysis()["flops"]
+    wanted = 2 * (rank * rows * columns + 2 * tokens * rows * columns + tokens * rank * (rows + columns))
+    assert wanted <= counted <= 1.05 * wanted
 
 
 @pytest.mark.parametrize("options", [{"rank": 0}, {"d_initial": 0.0}])

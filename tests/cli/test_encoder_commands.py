@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_bert as tiny
+from safetensors.numpy import load_file
 
 from mor_jax.cli.main import main
 
@@ -56,6 +57,27 @@ def test_training_beats_chance_by_far(capsys, run, data):
     assert last["tokens"] == 16  # examples of a step
     described = json.loads((Path(run) / "adapter" / "adapter.json").read_text())
     assert described["trained_modules"] == ["classifier"]
+
+
+def test_accumulation_equals_one_batch(capsys, tmp_path, encoder, data):
+    """With plain gradient descent, what moves is the gradient; texts of all lengths, and a head that is trained too."""
+    found = {}
+    for parts in ("1", "4"):
+        out = tmp_path / parts
+        words = ["--model", encoder, "--data", data[0], "--output-dir", str(out), "--method", "lora", "--rank", "2"]
+        words += ["--objective", "classification", "--targets", "query", "--steps", "2", "--batch-size", "16"]
+        words += ["--optimizer", "sgd", "--learning-rate", "1", "--schedule", "constant", "--mesh", "data=1"]
+        result = run_json(capsys, "train", *words, "--accumulate", parts)
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        found[parts] = load_file(out / "adapter" / "adapter.safetensors"), [line["loss"] for line in lines], result
+    np.testing.assert_allclose(found["4"][1], found["1"][1], rtol=1e-5)
+    whole, parts = found["1"][0], found["4"][0]
+    assert whole.keys() == parts.keys()
+    assert {"classifier/kernel", "classifier/bias"} < whole.keys()
+    assert np.abs(whole["classifier/bias"]).max() > 0.01  # it began at zero
+    assert all(value.any() for value in whole.values())
+    for name, value in whole.items():
+        np.testing.assert_allclose(parts[name], value, atol=1e-5, rtol=0, err_msg=name)
 
 
 def test_the_merged_model_is_a_classifier_of_transformers(capsys, tmp_path, run, data):

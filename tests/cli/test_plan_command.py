@@ -38,11 +38,14 @@ def test_a_plan_from_a_lone_config_is_one_json_object_and_a_table(lone_config, c
     assert found["estimated_seconds"] is None  # nobody knows this machine's peak
     assert 0 < found["peak_bytes_per_device"] < found["capacity_bytes"]
     assert found["advice"] == ""
+    assert found["merge"]["fits"] is True
+    assert 0 < found["merge"]["peak_bytes_per_device"] < found["capacity_bytes"]
     assert main(["plan", lone_config, *WORDS, *SMALL]) == 0
     table = capsys.readouterr().out
     assert "peak a device: 0.00" in table
     assert "estimate" in table
     assert "all-reduce" in table
+    assert "merge, peak a device: 0.00" in table
 
 
 @pytest.mark.parametrize(

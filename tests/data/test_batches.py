@@ -111,7 +111,7 @@ def test_batch_size_and_hosts_change_no_row(examples, plan):
     wanted = rows_of(make_iterator(examples, plan, 1), 60)
     assert len(wanted) > 2 * plan.epoch_rows(0).num_rows  # over the borders of epochs
     assert all(map(same, wanted, rows_of(make_iterator(examples, plan, 6), 60)))
-    hosts = [make_iterator(examples, plan, 6, process_index=i, process_count=3) for i in range(3)]
+    hosts = [make_iterator(examples, plan, 6, held=[2 * i, 2 * i + 1]) for i in range(3)]
     dealt = [row for _ in range(10) for host in hosts for row in rows_of(host, 2)]  # each host's two of every six
     assert all(map(same, wanted, dealt))
 
@@ -203,8 +203,8 @@ def test_grain_saves_and_restores_it_through_orbax(examples, plan, tmp_path):
 def test_wrong_calls_are_errors(examples, plan, files, tokenizer):
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         make_iterator(examples, plan, 0)
-    with pytest.raises(ValueError, match="does not divide among 3 processes"):
-        make_iterator(examples, plan, 4, process_count=3)
+    with pytest.raises(ValueError, match="held must lie in 0..3"):
+        make_iterator(examples, plan, 4, held=[3, 4])
     other = load_examples([DataSource(files[0])], tokenizer, ROW)
     with pytest.raises(ValueError, match="made for other examples"):
         single_pass(other, plan, 2)

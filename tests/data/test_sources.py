@@ -62,6 +62,36 @@ def test_parquet_files_and_dataset_folders(tmp_path, dataset, kind):
     assert places == (f"{path}: row 1", f"{path}: row 2")
 
 
+@pytest.mark.parametrize("kind", ["parquet", "folder"])
+def test_conversations_in_parquet_are_those_of_json_lines(tmp_path, kind):
+    """Hub datasets of chats are Parquet; all rows of a file have all columns, empty where they do not apply."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    records = [{"messages": turns, "source": None}, {"messages": [*turns, *turns], "source": "x"}]
+    dataset, path = datasets.Dataset.from_list(records), tmp_path / f"data.{kind}"
+    dataset.to_parquet(path) if kind == "parquet" else dataset.save_to_disk(path)
+    lines = write(tmp_path / "data.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    assert [record for _, record in read(path)] == [record for _, record in read(lines)] == records
+
+
+def test_a_parquet_file_need_not_fit_into_memory(tmp_path):
+    """No more than 256 rows, and the row group they are in, are held at a time: here a sixth of the file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    path, rows, letters = tmp_path / "large.parquet", 1600, 5000
+    schema = pyarrow.schema([("text", pyarrow.string())])
+    with pyarrow.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
+        for start in range(0, rows, 10):
+            texts = [str(number) * letters for number in range(start + 1000, start + 1010)]
+            writer.write_table(pyarrow.table({"text": texts}, schema=schema))
+    before, most, count = pyarrow.total_allocated_bytes(), 0, 0
+    for _, record in read_records(DataSource(str(path))):
+        most = max(most, pyarrow.total_allocated_bytes() - before)
+        count += len(record["text"])
+    assert count == 4 * letters * rows
+    assert most < count / 4
+
+
 GOOD = '{"text": "good"}\n'
 DAMAGED = {
     "cut.jsonl": (GOOD + '{"text": "no en', ":2: not valid JSON"),

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -66,6 +67,21 @@ def test_methods_are_sized_like_lora(bench):
 
 def row(name, figure, what="a ÷ b", must="<= 1.25", command="first"):
     return {"id": name, "what": what, "must": must, "figure": figure, "command": command, "machine": {"cores": 2}}
+
+
+@pytest.mark.parametrize(
+    ("figure", "products", "end"),
+    [
+        (1.2, 1.4e9, "1.40 × its matmul FLOPs, 1.25 × its memory traffic"),
+        (1.3, 1.4e9, "1.25 × its memory traffic: missed by arithmetic, 1.4 against 1 GFLOP"),
+        (1.3, 1.1e9, "1.25 × its memory traffic: missed, and not by its matmuls"),
+    ],
+)
+def test_note_says_whether_the_counted_products_explain_a_miss(figure, products, end):
+    from step_rows import counted_note
+
+    method, lora = (SimpleNamespace(counted=counted) for counted in ((products, 5e6), (1e9, 4e6)))
+    assert counted_note(row("C6", figure), method, lora).endswith(end)
 
 
 def test_table_keeps_rows_that_are_not_measured_again(tmp_path):
@@ -135,3 +151,26 @@ def test_command_line_says_what_is_wrong(arguments, message, capsys):
     with pytest.raises(SystemExit):
         parse([*arguments, "--output", "table"])
     assert message in capsys.readouterr().err
+
+
+def test_slices_are_judged_by_their_rows_and_missing_ones_are_not_yet_run():
+    import slice_targets
+    import slices
+
+    gib = 2**30
+    row = {"fits": True, "gathered_stacks": [], "capacity_bytes": 16 * gib, "argument_bytes": gib, "collectives": {}}
+    row |= {"case": "8b", "peak_bytes_per_device": 13.5 * gib, "base_bytes": 1000, "compile_cpu_seconds": 60.0}
+    row |= {"compute_seconds": 2.0, "memory_seconds": 1.0, "network_seconds": 0.5, "estimated_seconds": 2.0}
+    mor = row | {"method": "mor", "trained_bytes": 42}
+    lora = row | {"method": "lora", "trained_bytes": 21, "estimated_seconds": 1.9}
+    lines = slice_targets.table([mor, lora]).splitlines()
+    assert lines[2].endswith("| 13.50 GiB | yes |")
+    assert [line for line in lines if "1.053 | no" in line and line.startswith("| 8B: MoR's estimated time")]
+    assert [line for line in lines if "4.20% | no" in line]
+    assert sum("not yet run" in line for line in lines) == len(slice_targets.TARGETS) - 3
+    whole = slice_targets.table([mor | {"gathered_stacks": ["layers/mlp/up_proj/kernel"]}])
+    assert "gathers layers/mlp/up_proj/kernel | no" in whole
+    rows = slices.table([mor]).splitlines()
+    assert rows[2].startswith("| Llama-3.1-8B | v5e:4x4 | mor | 3 | 13.50 | 16 | 1.00 | 2.00 |")
+    assert {line.count("|") for line in rows} == {rows[0].count("|")}
+    assert sum("not yet run" in line for line in rows) == 2 * len(slices.CASES) - 1

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -166,6 +167,19 @@ def test_a_peft_folder_read_again_holds_the_same_arrays(scanned, tmp_path, case)
     out = export_peft(plan, leaves, config, tmp_path / "out")
     again = read_peft(out, config, plan, leaves)
     jax.tree.map(np.testing.assert_array_equal, again.params, leaves.params)
+
+
+def test_a_peft_folder_has_the_permissions_of_the_users_umask(scanned, tmp_path):
+    params, config, _ = scanned
+    plan, leaves = adapt(params, config, LoRA(rank=2), ("q_proj",))
+    before = os.umask(0o027)
+    try:
+        out = export_peft(plan, leaves, config, tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in out.iterdir()} == dict.fromkeys(
+        ("adapter_config.json", "adapter_model.safetensors", "manifest.json"), "0o640"
+    )
 
 
 def test_without_torch_our_own_reader_compares_a_peft_folder(scanned, tmp_path):

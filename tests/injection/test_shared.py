@@ -74,6 +74,34 @@ def test_sites_of_other_settings_share_nothing_with_these():
     np.testing.assert_allclose(plain, adapted, rtol=0, atol=2e-5 * float(jnp.abs(adapted).max()))
 
 
+@pytest.mark.parametrize(
+    ("method", "inputs"), [(VeRA(rank=4, d_initial=1.0), {}), (HaLoRA(rank=2), {"noise_step": jnp.int32(3)})]
+)
+def test_output_in_one_equals_base_and_change_and_drops_the_base_product(method, inputs):
+    """A call that captures changes asks for them; any other may take the method's whole output."""
+    model, params, leaves, plan = _made(method, scan_axis=None)
+
+    def run(params, adapters, capture):
+        own = {"adapters": adapters, "adapter_constants": leaves.constants}
+        collections = {"params": params, **own}
+        return Adapted(base=model, plan=plan).apply(
+            collections, IDS, adapter_inputs=AdapterInputs(**inputs), capture=capture
+        )
+
+    seen = []
+    made = [
+        jax.jit(lambda p, a, c=capture: run(p, a, c)).lower(params, leaves.params).compile()
+        for capture in (None, lambda path, x, delta: seen.append(path))
+    ]
+    assert len(seen) == len(plan.sites)
+    whole, apart = (program(params, leaves.params) for program in made)
+    np.testing.assert_allclose(whole, apart, rtol=0, atol=2e-5 * float(jnp.abs(apart).max()))
+    if method.name == "halora":
+        flops = [program.cost_analysis()["flops"] for program in made]
+        product = 2 * IDS.size * sum(s.site.in_features * s.site.out_features for s in plan.sites)
+        assert flops[1] - flops[0] > 0.8 * product
+
+
 def test_noise_is_one_draw_an_epoch_and_off_without_a_step():
     model, params, leaves, plan = _made(HaLoRA(noise_steps=10))
     run = jax.jit(lambda step: _run(model, plan, params, leaves, noise_step=step))

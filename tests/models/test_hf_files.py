@@ -1,6 +1,7 @@
 """Reading and writing of Hugging Face directories: equal tensors, target shardings, and every damage named."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -302,10 +303,26 @@ def test_nothing_is_overwritten_and_nothing_half_written(params, single, tmp_pat
     def full_disk(*_, **__):
         raise OSError("no space left")
 
-    monkeypatch.setattr(hf_file, "save_file", full_disk)
+    monkeypatch.setattr(hf_file, "save_tensors", full_disk)
     with pytest.raises(OSError, match="no space left"):
         save_params(params, CONFIG, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("max_shard_bytes", [4000, 10**9], ids=["sharded", "single"])
+def test_every_file_has_the_permissions_of_the_users_umask(params, single, tmp_path, max_shard_bytes):
+    """Of the weights too, which safetensors alone keeps private, and of tokenizer files whose source was private."""
+    (single / "tokenizer.json").write_text("{}")
+    (single / "tokenizer.json").chmod(0o600)
+    before = os.umask(0o027)
+    try:
+        save_params(params, CONFIG, tmp_path / "new", single, max_shard_bytes)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "new").iterdir()}
+    assert {"config.json", "tokenizer.json"} < modes.keys()
+    assert set(modes.values()) == {0o640}
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o750
 
 
 def test_a_config_that_no_file_can_express_is_refused():

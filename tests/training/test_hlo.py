@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from mor_jax.adapters import AdapterInputs
 from mor_jax.models import DecoderConfig
-from mor_jax.training.hlo import count_flops, measure_traffic, memory_bytes, type_bytes
+from mor_jax.training.hlo import count_compiled_flops, count_flops, measure_traffic, memory_bytes, type_bytes
 from mor_jax.training.mesh import make_mesh
 
 
@@ -32,6 +32,22 @@ def test_products_in_scans_branches_and_checkpoints_are_counted_as_often_as_they
     assert count_flops(jax.jit(checkpointed).trace(weights, x).jaxpr) == 5 * one
     # the gradient of x: forward, forward again, and dy @ w.T
     assert count_flops(jax.make_jaxpr(jax.grad(checkpointed, argnums=1))(weights, x)) == 3 * 5 * one
+
+
+def test_compiled_products_are_counted_without_what_the_compiler_drops():
+    weights, x = jnp.ones((5, 8, 8)), jnp.ones((2, 3, 8))
+
+    def forward(weights, x):
+        def layer(x, w):
+            unused = x @ (w + 1)
+            return x + 0 * unused.shape[0] + jnp.tanh(x @ w), None
+
+        return jax.lax.scan(layer, x, weights)[0]
+
+    text = jax.jit(forward).lower(weights, x).compile().as_text()
+    assert count_compiled_flops(text) == 5 * 2 * (2 * 3) * 8 * 8
+    batched = jax.jit(lambda a, b: jnp.einsum("nij,njk->nik", a, b)).lower(jnp.ones((4, 3, 70)), jnp.ones((4, 70, 50)))
+    assert count_compiled_flops(batched.compile().as_text()) == 2 * 4 * 3 * 70 * 50
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])

@@ -36,11 +36,13 @@ def _oracle(hidden, head, targets, mask, softcap=None):
 
 @pytest.mark.parametrize("chunk", [1, 6, 12, 1000])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_equals_float64_oracle(chunk, softcap):
+@pytest.mark.parametrize("vocabulary_axis", [0, 1])
+def test_equals_float64_oracle(chunk, softcap, vocabulary_axis):
     hidden, head, targets, mask = _case()
+    stored = head.T if vocabulary_axis == 0 else head
 
     def loss(h):
-        total, count = chunked_cross_entropy(h, head, targets, mask, chunk, softcap)
+        total, count = chunked_cross_entropy(h, stored, targets, mask, chunk, softcap, vocabulary_axis)
         return 0.5 * total, count
 
     (value, count), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(hidden)

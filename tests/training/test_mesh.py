@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from mor_jax.training.mesh import MeshError, check_batch, check_length, make_mesh, put_batch
+from mor_jax.training.mesh import MeshError, check_batch, check_length, held_rows, make_mesh, put_batch
 from mor_jax.training.sharding import param_specs
 
 
@@ -80,3 +80,17 @@ def test_a_row_that_does_not_divide_says_what_would():
     with pytest.raises(MeshError, match=r"sequence_length=18: sequence=4 needs a multiple of 4"):
         check_length(make_mesh("data=2,sequence=4"), 18)
     check_length(make_mesh("data=2,sequence=4"), 20)
+
+
+@pytest.mark.parametrize("description", ["data=8", "data=2,fsdp=4", "fsdp=4,tensor=2", "tensor=8"])
+@pytest.mark.parametrize("hosts", [1, 2, 8])
+def test_hosts_hold_the_rows_of_their_devices_and_all_rows_together(description, hosts):
+    mesh = make_mesh(description)
+    devices = np.split(mesh.devices.ravel(), hosts)
+    placed = put_batch({"x": np.arange(16, dtype=np.int32)[:, None]}, mesh)["x"]
+    held = [held_rows(mesh, 16, list(own)) for own in devices]
+    for own, rows in zip(devices, held, strict=True):
+        found = [shard.data[:, 0] for shard in placed.addressable_shards if shard.device in own]
+        assert rows.tolist() == sorted(set(np.concatenate(found).tolist()))
+    assert sorted(set(np.concatenate(held).tolist())) == list(range(16))
+    np.testing.assert_array_equal(held_rows(mesh, 16), np.arange(16))

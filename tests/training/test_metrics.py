@@ -1,7 +1,9 @@
 import io
 import json
 import time
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 
 from mor_jax.training.metrics import (
@@ -9,7 +11,7 @@ from mor_jax.training.metrics import (
     Progress,
     TargetRow,
     Throughput,
-    memory_bytes,
+    peak_memory,
     print_targets,
     router_metrics,
 )
@@ -117,5 +119,11 @@ def test_the_bar_shows_loss_speed_and_memory():
         assert word in last
 
 
-def test_memory_is_of_this_process_where_devices_do_not_tell():
-    assert 2**26 < memory_bytes() < 2**40
+def test_memory_is_that_of_the_process_and_of_the_fullest_device_that_tells(monkeypatch):
+    found = peak_memory()
+    assert 2**26 < found["peak_rss_bytes"] < 2**40
+    assert found["peak_device_bytes"] is None  # CPUs do not tell
+    stats = [None, {"peak_bytes_in_use": 5}, {}, {"peak_bytes_in_use": 7}]
+    devices = [SimpleNamespace(memory_stats=lambda value=value: value) for value in stats]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert peak_memory()["peak_device_bytes"] == 7

@@ -10,9 +10,13 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 import tiny_runs
 
+from mor_jax.adapters import Leaves
+from mor_jax.injection import gate_shape, get_path
+from mor_jax.merging import merge
 from mor_jax.models import ModelFileError, abstract_params, known_config
 from mor_jax.models.presets import PRESETS
 from mor_jax.optim import plan_rules
@@ -21,6 +25,7 @@ from mor_jax.training.build import base_config, build_run
 from mor_jax.training.hlo import Traffic
 from mor_jax.training.mesh import MeshError, put_batch
 from mor_jax.training.plan import Forecast, advice, forecast, plan_step, roofline, search
+from mor_jax.training.plan_merge import forecast_merge
 from mor_jax.training.step import init_state, make_step
 from mor_jax.training.topology import CHIPS, Topology, TopologyError, load_topology, parse_topology, prepare_environment
 
@@ -98,6 +103,56 @@ def test_the_planned_memory_is_that_of_the_step_that_ran(run, trained):
     assert "\n" not in advised
 
 
+def test_adapters_send_factors_and_gradients_but_no_activations(run, trained):
+    """Only activations have an axis of the row's length, and only the table look-up of the base may send them."""
+    step, state, batch = trained
+    text = step.lower(state, run.params, batch).compile().as_text()
+    found = re.findall(r" = (.*?) (all-[\w\-]+|reduce-scatter|collective-permute)\((.*)", text)
+    assert {"all-gather", "all-reduce"} <= {kind for _, kind, _ in found}
+    length = run.config.sequence_length
+    sent = [(shape, kind) for shape, kind, rest in found if "embed_tokens" not in rest and f"{length}" in _axes(shape)]
+    assert not sent
+    factors = {str(size) for leaf in jax.tree.leaves(state.adapters) for size in leaf.shape}
+    gathered = [_axes(shape) for shape, kind, rest in found if kind == "all-gather" and "_proj" in rest]
+    assert [axes for axes in gathered if min(map(int, axes)) <= 2 * 3 and axes & factors]  # the sharded factors
+
+
+def _axes(shape):
+    return set(re.findall(r"(?<=[\[,])\d+(?=[,\]])", shape))
+
+
+def test_the_planned_merge_holds_what_the_merge_holds(run, trained):
+    _, state, _ = trained
+    constants = trained[0].constants
+    leaves = Leaves(state.adapters, state.adapter_state, constants)
+    merged = merge(run.params, leaves, run.plan, {site.path: jnp.zeros(gates) for site, gates in _gates(run.plan)})
+    new = [get_path(merged, adapted.kernel_path) for adapted in run.plan.sites]
+    first = jax.devices()[0]
+    arrays = jax.tree.leaves((run.params, leaves, new))
+    held = sum(shard.data.nbytes for leaf in arrays for shard in leaf.addressable_shards if shard.device == first)
+    topology = Topology("cpu:8", tuple(run.mesh.devices.ravel()), CHIPS["v5e"])
+    found = forecast_merge(run.config, base_config(run.config), topology)
+    assert found.fits
+    assert found.problem == ""
+    assert found.largest_site in run.plan.paths
+    assert held <= found.peak_bytes_per_device <= held + found.temporary_bytes
+    small = dataclasses.replace(CHIPS["v5e"], capacity_bytes=found.peak_bytes_per_device - 1)
+    refused = forecast_merge(run.config, base_config(run.config), dataclasses.replace(topology, chip=small))
+    assert not refused.fits
+    assert "on a larger slice" in refused.problem
+
+
+def _gates(plan):
+    return [(adapted.site, gate_shape(adapted)) for adapted in plan.sites]
+
+
+def test_a_method_that_will_not_be_merged_says_so_in_its_plan(run):
+    config = dataclasses.replace(run.config, method="halora", options={}, num_experts=None)
+    found = forecast_merge(config, base_config(config), Topology("cpu:8", tuple(run.mesh.devices.ravel()), None))
+    assert not found.fits
+    assert "mergeable=True" in found.problem
+
+
 def _forecast(**changes):
     common = {"topology": "t", "mesh": "fsdp=8", "remat": "none", "accumulate": 1, "fits": True, "flops": 1.0}
     return Forecast(**(common | {"peak_bytes_per_device": 10, "capacity_bytes": 10} | changes))
@@ -144,6 +199,30 @@ def test_what_does_not_fit_says_what_to_change():
     assert "offload" not in advice(_forecast(fits=False, remat="full", peak_bytes_per_device=0, topology="cpu:8"))
 
 
+def test_a_step_that_the_compiler_refuses_comes_back_with_what_it_needs(run, monkeypatch):
+    """The words are those of XLA's TPU compiler."""
+    words = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+    words += "Used 27.20G of 15.75G hbm. Exceeded hbm capacity by 11.45G."
+
+    def refuse(*_, **__):
+        raise jax.errors.JaxRuntimeError(words)
+
+    topology = Topology("cpu:8", tuple(run.mesh.devices.ravel()), CHIPS["v5e"])
+    arguments = forecast(run.config, base_config(run.config), topology).argument_bytes
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    found = forecast(run.config, base_config(run.config), topology)
+    assert not found.fits
+    assert found.peak_bytes_per_device == int(27.2 * 2**30)
+    assert found.argument_bytes == pytest.approx(arguments, rel=0.1)  # but for the batch
+    assert found.problem == words
+    assert advice(found).startswith("the step needs 27.2 GiB a device, 11.2 too many: try --remat full")
+    refused = forecast_merge(run.config, base_config(run.config), topology)
+    assert (refused.fits, refused.problem) == (False, words)
+    words = "INTERNAL: something else"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        forecast(run.config, base_config(run.config), topology)
+
+
 # Parameters of the checkpoints on the Hugging Face hub.
 @pytest.mark.parametrize(
     ("name", "parameters"),
@@ -187,24 +266,62 @@ def test_the_environment_is_set_before_jax_reads_it(monkeypatch):
         load_topology("cpu:16")
 
 
-@pytest.mark.tpu_compile
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the extra `tpu`")
-@pytest.mark.parametrize(
-    "layout",
-    [(), ("--mesh", "fsdp=4,sequence=4", "--sequence-length", "1024", "--remat", "offload")],
-    ids=["fsdp", "sequence and offload"],
-)
-def test_a_tpu_slice_is_compiled_without_one(tmp_path, layout):
-    shape = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}
+def _tpu_plan(folder, layers, *words):
+    """What `mor plan` says of a small Llama, in a process of its own: a slice is chosen before jax starts."""
+    shape = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": layers, "num_attention_heads": 8}
     fields = {"model_type": "llama", "vocab_size": 2048, "rms_norm_eps": 1e-5, "head_dim": 64, **shape}
-    (tmp_path / "config.json").write_text(json.dumps(fields))
-    words = ["plan", str(tmp_path), "--topology", "v5e:4x4", "--batch-size", "16", "--remat", "full", *layout, "--json"]
-    command = [sys.executable, "-m", "mor_jax.cli.main", *words]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    found = json.loads(output)
+    (folder / "config.json").write_text(json.dumps(fields | {"num_key_value_heads": 1}))
+    command = [sys.executable, "-m", "mor_jax.cli.main", "plan", str(folder), *words, "--json"]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the extra `tpu`")
+
+
+@pytest.mark.tpu_compile
+@needs_compiler
+def test_a_tpu_slice_is_compiled_without_one(tmp_path):
+    found = _tpu_plan(tmp_path, 4, "--topology", "v5e:4x4", "--batch-size", "16", "--remat", "full")
     assert found["fits"]
     assert found["gathered_stacks"] == []
     assert 0 < found["peak_bytes_per_device"] < found["capacity_bytes"] == 16 * 2**30
     assert found["estimated_seconds"] > 0
     assert found["collectives"]["all-gather"]["count"] >= 4
-    assert (found["host_bytes"] > 0) == ("offload" in layout)
+    assert found["merge"]["fits"]
+    assert 0 < found["merge"]["peak_bytes_per_device"] < found["capacity_bytes"]
+
+
+@pytest.mark.tpu_compile
+@needs_compiler
+def test_rows_split_over_a_tpu_slice_wait_in_the_hosts_memory(tmp_path):
+    words = ("--topology", "v5e:4x4", "--mesh", "fsdp=4,sequence=4", "--sequence-length", "1024", "--remat", "offload")
+    found = _tpu_plan(tmp_path, 2, *words, "--batch-size", "16", "--method", "lora")
+    assert found["fits"]
+    assert found["gathered_stacks"] == []
+    assert found["host_bytes"] == 2 * 16 * 1024 * 512 * 2 // 16  # the bfloat16 inputs of two layers, over all chips
+
+
+@pytest.mark.tpu_compile
+@needs_compiler
+def test_what_the_tpu_compiler_refuses_is_said_in_a_line(tmp_path):
+    """512 rows of 512 tokens a chip: the scores of 8 heads alone are 4 GiB a layer, all kept for the backward pass."""
+    found = _tpu_plan(tmp_path, 4, "--topology", "v5e:2x2", "--batch-size", "2048", "--method", "lora")
+    assert not found["fits"]
+    assert found["peak_bytes_per_device"] > 15 * 2**30
+    assert "GiB a device" in found["advice"]
+    assert "--remat full" in found["advice"]
+    assert "\n" not in found["advice"]
+    assert found["problem"]
+
+
+@pytest.mark.tpu_compile
+@needs_compiler
+def test_the_search_compiles_for_a_tpu(tmp_path):
+    words = ("--targets", "up_proj", "--batch-size", "4", "--sequence-length", "128", "--search")
+    found = _tpu_plan(tmp_path, 1, "--topology", "v5e:2x2", *words)
+    tried = [(plan["mesh"], plan["remat"]) for plan in found["tried"]]
+    meshes = [f"data={n},fsdp={4 // n},tensor=1" for n in (1, 2, 4)]  # tensor does not divide one key-value head
+    assert tried == [(mesh, remat) for mesh in meshes for remat in planning.REMATS]
+    assert found["fits"]
+    assert found["estimated_seconds"] == min(plan["estimated_seconds"] for plan in found["tried"])
+    assert found["merge"]["fits"]

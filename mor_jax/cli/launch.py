@@ -1,0 +1,65 @@
+"""Running a command as one of several processes: on all of them, or on the first while the others wait.
+
+jax is not imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from mor_jax.cli.options import LaunchOptions
+
+
+def on_all(launch: LaunchOptions, run: Callable[[], Any]) -> Any:
+    """What `run` returns on process 0, or on the only one; None on the others.
+
+    Raises:
+      DistributedError, LostPeerError: the other processes cannot be joined, or are gone.
+    """
+    if not _joined(launch):
+        return run()
+    from mor_jax.training.distributed import is_first, together
+
+    with together():
+        result = run()
+        return result if is_first() else None
+
+
+def on_first(launch: LaunchOptions, run: Callable[[], Any]) -> Any:
+    """What `run` returns; of several processes the first runs it on its own devices, and the others wait for it.
+
+    Raises:
+      DistributedError, LostPeerError: the other processes cannot be joined, or are gone.
+    """
+    if not _joined(launch):
+        return run()
+    from mor_jax.training.distributed import barrier, is_first, together
+
+    with together():
+        barrier("all are here")  # who has met once is waited for however long it takes
+        result = run() if is_first() else None
+        barrier("process 0 is done")
+        return result
+
+
+def _joined(launch: LaunchOptions) -> bool:
+    """Whether this is one of several processes; on its own unless a flag says otherwise."""
+    named = launch.coordinator or launch.num_processes is not None or launch.process_id is not None
+    mode = launch.distributed or ("auto" if named else "off")
+    if mode == "off":
+        return False
+    from mor_jax.training.distributed import join
+
+    return join(launch.coordinator, launch.num_processes, launch.process_id)
+
+
+def leave(code: int, failure: BaseException | None) -> None:
+    """Ends a process that failed as one of several; returns in all others."""
+    if code and "mor_jax.training.distributed" in sys.modules:
+        from mor_jax.training import distributed
+
+        with contextlib.suppress(BrokenPipeError):
+            distributed.leave(code, wait=not isinstance(failure, distributed.LostPeerError))

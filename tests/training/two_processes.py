@@ -1,0 +1,69 @@
+"""Two real processes with four virtual devices each, joined as on two hosts."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+COMMAND = ("-m", "mor_jax.cli.main")
+
+
+class Pair:
+    """Both processes of `python WORDS`, each told the coordinator and its number; their output goes to files."""
+
+    def __init__(self, folder, *words):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        folder.mkdir(exist_ok=True)
+        self._files = [[folder / f"{name}{number}" for name in ("out", "err")] for number in range(2)]
+        self.processes = [self._start(number, port, words) for number in range(2)]
+
+    def _start(self, number, port, words):
+        own = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "USE_TORCH": "0",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        }
+        named = ("--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id", str(number))
+        command = [sys.executable, *map(str, words), *named]
+        out, err = self._files[number]
+        with open(out, "w") as stdout, open(err, "w") as stderr:
+            return subprocess.Popen(command, cwd=ROOT, env=own, stdout=stdout, stderr=stderr)
+
+    def output(self, number):
+        """What a process printed on stdout."""
+        return self._files[number][0].read_text()
+
+    def messages(self, number):
+        """The lines of a process on stderr that begin as ours do."""
+        text = self._files[number][1].read_text().replace("\r", "\n")
+        return [line for line in text.splitlines() if line.startswith("mor: ")]
+
+    def wait(self, seconds=600):
+        """The exit codes of both, which end within `seconds` or fail the test."""
+        limit = time.monotonic() + seconds
+        try:
+            return [process.wait(timeout=limit - time.monotonic()) for process in self.processes]
+        finally:
+            self.end()
+
+    def wait_until(self, condition, seconds=600):
+        """Returns when `condition()` holds; fails when a process ends or the time is up."""
+        limit = time.monotonic() + seconds
+        while not condition():
+            ended = [number for number, process in enumerate(self.processes) if process.poll() is not None]
+            if ended or time.monotonic() > limit:
+                self.end()
+                raise AssertionError(self._files[(ended or [0])[0]][1].read_text()[-3000:])
+            time.sleep(0.01)
+
+    def end(self):
+        """Kills what still runs."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
