@@ -22,7 +22,7 @@ from gpu_torch import against_peft
 from programs import Program, Shape, adapter_step, make_batch
 
 from mor_jax.adapters import LoRA, MoR
-from mor_jax.models import DecoderConfig, abstract_params
+from mor_jax.models import abstract_params
 
 SEGMENTS = 16  # of a packed row
 

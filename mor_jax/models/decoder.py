@@ -176,7 +176,8 @@ class Decoder(nn.Module):
         )
         windows = jnp.asarray([_NO_WINDOW if w is None else w for w in config.windows], jnp.int32)
         ropes = jnp.asarray(config.rope_kinds, jnp.int32)
-        kinds = LayerKind(None if inputs.distance is None else windows, ropes if len(config.ropes) > 1 else None)
+        windowed = any(window is not None for window in config.windows)
+        kinds = LayerKind(windows if windowed else None, ropes if len(config.ropes) > 1 else None)
         return scanned(config, name="layers")(carry, kinds, inputs)[0][0]
 
     def _logits(self, x: jax.Array, embed: nn.Embed) -> jax.Array:
