@@ -52,8 +52,8 @@ METHODS = ("mor", "lora")
 LENGTH = 4096
 NOTE = f"""Rows of {LENGTH} tokens, bfloat16 base, full rematerialisation, all linear maps adapted with the methods'
 defaults, base over `fsdp`. Memory is the compiler's. Step times are roofline estimates, not measurements: the highest
-of three roofs, where the scores of attention go through memory, since no fused kernel is used. The compiler's seconds
-are of one core; the share of the base is that of adapters, their gradients and moments over all chips."""
+of three roofs. Attention is the splash kernel, whose operations are counted as if it skipped no block. The compiler's
+seconds are of one core; the share of the base is that of adapters, their gradients and moments over all chips."""
 
 
 def plan_words(case: str, method: str) -> str:

@@ -150,15 +150,13 @@ class Decoder(nn.Module):
 
     def _layer_inputs(self, positions: jax.Array | None, segment_ids: jax.Array, decode: bool) -> LayerInputs:
         """What all layers share; with `decode`, the positions and segments of these tokens enter the cache."""
-        config = self.config
         index = self._cache_index() if decode else None
         if positions is None:
             positions = default_positions(segment_ids) + (0 if index is None else index)
         positions = jnp.asarray(positions, jnp.int32)
         queries = Tokens(positions, segment_ids)
         keys = self._cache_keys(index, queries) if decode else queries
-        cos, sin = rotary_tables(config, positions)
-        return LayerInputs(cos, sin, queries, keys, index)
+        return LayerInputs(*rotary_tables(self.config, positions), queries, keys, index)
 
     def _layers(self, carry: tuple[jax.Array, Any], inputs: LayerInputs) -> jax.Array:
         config = self.config

@@ -193,9 +193,10 @@ def forecast(config: TrainConfig, shape: DecoderConfig, topology: Topology) -> F
     mesh = make_mesh(config.mesh or "fsdp=-1", topology.devices)
     check_batch(mesh, config.batch_size, config.accumulate)
     check_length(mesh, config.sequence_length)
-    chosen = for_backend(dataclasses.replace(shape, remat=config.remat), config, mesh)
-    assert isinstance(chosen, DecoderConfig)
-    step, arguments, plan = plan_step(config, chosen, mesh)
+    fitted = for_backend(dataclasses.replace(shape, remat=config.remat), config, mesh)
+    assert isinstance(fitted, DecoderConfig)  # as it came
+    shape = fitted
+    step, arguments, plan = plan_step(config, shape, mesh)
     state, params, batch = arguments
     traced = step.function.trace(state, params, step.constants, batch)
     common: dict[str, Any] = {

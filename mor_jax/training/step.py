@@ -100,7 +100,8 @@ def language_model_loss(
         kernel, vocabulary_axis = head(variables["params"])
         axes = ("vocab", None) if vocabulary_axis == 0 else (None, "vocab")
         kernel = with_logical_constraint(jax.lax.stop_gradient(kernel), axes)  # gathered once, not in every chunk
-        told = (batch["targets"], batch["loss_mask"], chunk * split_ways("batch", "length"), softcap, vocabulary_axis)
+        tokens = chunk * split_ways("batch", "length")
+        told = (batch["targets"], batch["loss_mask"], tokens, softcap, vocabulary_axis)
         return chunked_cross_entropy(hidden, kernel, *told)
 
     return loss

@@ -314,6 +314,16 @@ def test_a_tpu_slice_is_compiled_without_one(tmp_path, layout):
 
 @pytest.mark.tpu_compile
 @needs_compiler
+def test_rows_split_over_a_tpu_slice_wait_in_the_hosts_memory(tmp_path):
+    words = ("--topology", "v5e:4x4", "--mesh", "fsdp=4,sequence=4", "--sequence-length", "1024", "--remat", "offload")
+    found = _tpu_plan(tmp_path, 2, *words, "--batch-size", "16", "--method", "lora")
+    assert found["fits"]
+    assert found["gathered_stacks"] == []
+    assert found["host_bytes"] == 2 * 16 * 1024 * 512 * 2 // 16  # the bfloat16 inputs of two layers, over all chips
+
+
+@pytest.mark.tpu_compile
+@needs_compiler
 def test_what_the_tpu_compiler_refuses_is_said_in_a_line(tmp_path):
     """512 rows of 512 tokens a chip: the scores of 8 heads alone are 4 GiB a layer, all kept for the backward pass."""
     found = _tpu_plan(tmp_path, 4, "--topology", "v5e:2x2", "--batch-size", "2048", "--method", "lora")
