@@ -77,9 +77,7 @@ class TrainConfig:
     remat: Remat = "none"  # what the backward pass computes again
     attention_implementation: Attention = "auto"  # the device's fused kernel; splash: TPU, cudnn: GPU, xla: anywhere
     loss_chunk: int = 1024  # tokens whose logits are alive at a time on each device
-    mesh: str = (
-        ""  # sizes of data, fsdp, sequence and tensor, as in "data=2,fsdp=4"; empty puts every device on the data axis
-    )
+    mesh: str = ""  # sizes of data, fsdp, sequence, tensor: "data=2,fsdp=4"; empty puts every device on data
     seed: int = 0
     save_every: int = 0  # steps between checkpoints; 0 saves only at the end
     keep_checkpoints: int = 3  # newest checkpoints that stay
