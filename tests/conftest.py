@@ -49,6 +49,17 @@ def pytest_runtest_setup(item):
             pytest.skip(f"needs a GPU: jax computes on {jax.default_backend()}")
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """A third less time where each program is compiled for a few calls, and nothing is about speed."""
+    import jax  # not above: the backend must not start before the flags are read
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     """Turn the skip of one test into its failure where every oracle is required."""

@@ -19,6 +19,7 @@ from mor_jax.adapters import METHODS, NotMergeable
 from mor_jax.cli.opening import open_run
 from mor_jax.merging import merge
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 each_method = pytest.mark.parametrize("method", METHODS)
 PENALTIES = {"adalora", "halora"}
 
