@@ -33,7 +33,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
 }
 LEARNING_RATE = 2e-3
 SEEDS = (0, 1, 2)
-SETTINGS: Mapping[str, Any] = {"objective": "classification", "steps": 100, "batch_size": 16, "warmup_steps": 10}
+SETTINGS: Mapping[str, Any] = {"objective": "classification", "steps": 80, "batch_size": 8, "warmup_steps": 8}
 TASKS: Mapping[str, dict[str, Any]] = {
     "sst2": {"sequence_length": 48, "files": ("sst2/train.jsonl", "sst2/test.jsonl")},
     "mrpc": {"sequence_length": 80, "files": ("mrpc/train.jsonl", "mrpc/test.jsonl")},
