@@ -341,7 +341,8 @@ def test_the_search_compiles_for_a_tpu(tmp_path):
     words = ("--targets", "up_proj", "--batch-size", "4", "--sequence-length", "128", "--search")
     found = _tpu_plan(tmp_path, 1, "--topology", "v5e:2x2", *words)
     tried = [(plan["mesh"], plan["remat"]) for plan in found["tried"]]
-    meshes = [f"data={n},fsdp={4 // n},tensor=1" for n in (1, 2, 4)]  # tensor does not divide one key-value head
+    # tensor does not divide one key-value head
+    meshes = [f"data={n},fsdp={4 // n},sequence=1,tensor=1" for n in (1, 2, 4)]
     assert tried == [(mesh, remat) for mesh in meshes for remat in planning.REMATS]
     assert found["fits"]
     assert found["estimated_seconds"] == min(plan["estimated_seconds"] for plan in found["tried"])
