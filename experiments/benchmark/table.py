@@ -50,7 +50,7 @@ def describe_machine() -> dict[str, Any]:
         "backend": jax.default_backend(),
         **gpu,
         "processor": names[0] if names else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         **versions,

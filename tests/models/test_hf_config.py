@@ -122,7 +122,7 @@ def test_no_config(tmp_path, text, message):
     ("change", "message"),
     [
         ({"num_layers": 0}, "num_layers must be at least 1"),
-        ({"remat": "some"}, "remat must be none, dots or full"),
+        ({"remat": "some"}, "remat must be one of none, dots, full, offload"),
         ({"sliding_window": 0}, "sliding_window must be at least 1"),
         ({"sliding_layers": (True,)}, "sliding_layers has 1 entries for 2 layers"),
     ],
