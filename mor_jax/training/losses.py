@@ -119,5 +119,6 @@ def _chunk(hidden, targets, mask, head, softcap, vocabulary_axis, with_gradient)
     error = error - jax.nn.one_hot(targets, error.shape[-1], dtype=error.dtype)
     if softcap is not None:
         error = error * (1.0 - jnp.square(capped / softcap))
-    error = jnp.where(mask[..., None] > 0, error * mask[..., None], 0.0).astype(hidden.dtype)
-    return loss, contract(error, vocabulary_axis).astype(hidden.dtype)
+    gradient = contract(error.astype(hidden.dtype), vocabulary_axis)
+    weight = mask[..., None]  # here, on D numbers a token, rather than on the V of its error
+    return loss, jnp.where(weight > 0, gradient * weight, 0.0).astype(hidden.dtype)
