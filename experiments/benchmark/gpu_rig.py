@@ -19,7 +19,6 @@ from mor_jax.adapters import Adapter, LoRA
 from mor_jax.models import DecoderConfig, abstract_params, known_config
 
 GIB = 2**30
-ATTENTION = "attention_implementation"  # the field of DecoderConfig that chooses a kernel, where there is one
 REMATS = ("dots", "full")  # of shape G: the first whose step fits the memory is taken
 # dense bfloat16 FLOP/s of the data sheets, by what the device calls itself; the first that is contained counts
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12}
@@ -141,14 +140,9 @@ def memory_statistics() -> dict[str, int]:
     return found
 
 
-def has_attention_option() -> bool:
-    """Whether a decoder's attention can be chosen."""
-    return any(field.name == ATTENTION for field in dataclasses.fields(DecoderConfig))
-
-
 def about(shape: Shape) -> str:
     """What of a shape's model changes its speed and not its result."""
-    return f"remat {shape.model.remat}, attention {getattr(shape.model, ATTENTION, 'xla')}"
+    return f"remat {shape.model.remat}, attention {shape.model.attention_implementation}"
 
 
 def memory_limit() -> float:
@@ -189,14 +183,13 @@ class Rig:
 
     def attention(self) -> str:
         """The attention of all rows: the one that ``mor train`` takes here by itself, as long as it works."""
-        fused = has_attention_option() and jax.default_backend() == "gpu" and not self.problems
+        fused = jax.default_backend() == "gpu" and not self.problems
         return "cudnn" if fused else "xla"
 
     def shape(self, name: str) -> Shape:
         """One of ``Shapes``, with ``attention``."""
         self.require_device()
-        shape = getattr(self.shapes, name)
-        return shape.with_model(**{ATTENTION: self.attention()}) if has_attention_option() else shape
+        return getattr(self.shapes, name).with_model(attention_implementation=self.attention())
 
     def params(self, config: DecoderConfig) -> Any:
         """Weights of a model; those of another one are dropped first, with the programs that hold them."""

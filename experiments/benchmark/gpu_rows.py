@@ -15,12 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from gpu_rig import (
-    ATTENTION,
     GIB,
     NotMeasuredError,
     Rig,
     about,
-    has_attention_option,
     memory_limit,
     memory_statistics,
     peak_flops,
@@ -101,8 +99,6 @@ def base_and_peak(rig: Rig) -> dict[str, Any]:
 
 def _require_fused(rig: Rig) -> None:
     """A row about the attention we choose needs a choice."""
-    if not has_attention_option():
-        raise NotMeasuredError(f"needs the option: DecoderConfig has no field {ATTENTION}")
     if rig.attention() == "xla":
         raise NotMeasuredError("; ".join(["only XLA's attention runs here", *rig.problems]))
 
@@ -130,7 +126,7 @@ def chosen_attention(rig: Rig) -> dict[str, Any]:
     """G7: how much longer a step takes with plain XLA attention."""
     _require_fused(rig)
     shape = rig.fitted("main")
-    found = rig.ratio(rig.lora(shape.with_model(**{ATTENTION: "xla"})).run, rig.lora(shape).run)
+    found = rig.ratio(rig.lora(shape.with_model(attention_implementation="xla")).run, rig.lora(shape).run)
     return {**found, "note": f"{found['note']}; {about(shape)}"}
 
 

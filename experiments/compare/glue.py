@@ -20,17 +20,13 @@ from typing import Any
 import cells
 import jax
 import tables
+from variants import METHODS, slug
 
 from mor_jax.cli.evaluate import evaluate_command
 from mor_jax.cli.options import EvalOptions
 from mor_jax.training.config import TrainConfig
 from mor_jax.training.loop import train
 
-METHODS: Mapping[str, Mapping[str, Any]] = {
-    "LoRA": {"method": "lora", "rank": 8, "alpha": 16.0},
-    "LoRA of the total rank": {"method": "lora", "rank": 16, "alpha": 32.0},
-    "MoR": {"method": "mor", "rank": 4, "alpha": 8.0, "num_experts": 4},
-}
 LEARNING_RATE = 2e-3
 SEEDS = (0, 1, 2)
 SETTINGS: Mapping[str, Any] = {"objective": "classification", "steps": 80, "batch_size": 8, "warmup_steps": 8}
@@ -76,8 +72,7 @@ class Comparison:
 
     def run(self, task: str, method: str, seed: int, tuned: bool = True) -> dict[str, Any]:
         """`accuracy` and `trainable_parameters` of a run; not `tuned`: after one step that changes nothing."""
-        slug = method.lower().replace(" ", "_") if tuned else "base"
-        folder = self._kept / f"{task}-{slug}-{seed}"
+        folder = self._kept / f"{task}-{slug(method) if tuned else 'base'}-{seed}"
 
         def make() -> dict[str, Any]:
             config = TrainConfig(

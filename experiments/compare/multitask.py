@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import tables
 import tasks
+from variants import METHODS, slug
 
 from mor_jax.cli.evaluate import generation_question
 from mor_jax.cli.opening import LiveModel, end_ids, load_tokenizer, open_model, open_run
@@ -31,11 +32,6 @@ from mor_jax.models import init_cache
 from mor_jax.training.config import TrainConfig
 from mor_jax.training.loop import train
 
-METHODS: Mapping[str, Mapping[str, Any]] = {
-    "LoRA": {"method": "lora", "rank": 8, "alpha": 16.0},
-    "LoRA of the total rank": {"method": "lora", "rank": 16, "alpha": 32.0},
-    "MoR": {"method": "mor", "rank": 4, "alpha": 8.0, "num_experts": 4},
-}
 GRID = (2e-3, 4e-3)
 SEEDS: Mapping[str, tuple[int, ...]] = {"LoRA": (0, 1, 2), "LoRA of the total rank": (0,), "MoR": (0, 1, 2)}
 SETTINGS: Mapping[str, Any] = {
@@ -139,8 +135,7 @@ class Comparison:
 
     def tuned(self, method: str, rate: float, seed: int) -> dict[str, Any]:
         """`accuracy`, `validation_loss`, `trainable_parameters` and `tokens` of one run."""
-        slug = method.lower().replace(" ", "_")
-        run = self._kept / f"{slug}-{rate:g}-{seed}"
+        run = self._kept / f"{slug(method)}-{rate:g}-{seed}"
 
         def make() -> dict[str, Any]:
             files = {
@@ -191,9 +186,9 @@ def table(found: Comparison, rates: Mapping[str, float]) -> tuple[list[str], dic
         paired = [mor - lora for mor, lora in zip(own["MoR"], own["LoRA"], strict=True)]
         suite = tasks.TASKS[name].suite if name in tasks.TASKS else ""
         size = found.settings["test_rows"].get(name, "")
-        cells = [tables.mean_and_deviation(values) for values in own.values()]
+        figures = [tables.mean_and_deviation(values) for values in own.values()]
         verdict = [tables.mean_and_deviation(paired), tables.verdict(paired)]
-        lines.append(f"| {name} | {suite} | {size} | {tables.percent(base[name])} | {' | '.join(cells + verdict)} |")
+        lines.append(f"| {name} | {suite} | {size} | {tables.percent(base[name])} | {' | '.join(figures + verdict)} |")
     lines += [
         "",
         "| method | trained parameters | learning rate | validation loss at each rate, seed 0 |",

@@ -26,13 +26,13 @@ def mean_and_deviation(values: Sequence[float]) -> str:
 
 
 def verdict(differences: Sequence[float]) -> str:
-    """`more`, `less` or `tie`: a tie unless the mean is over twice its standard error; paired, a value a seed."""
+    """`win`, `loss` or `tie`: a tie unless the mean is over twice its standard error; paired, a value a seed."""
     if len(differences) < 2:
         return "one seed"
     mean, error = statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
     if abs(mean) <= 2 * error or mean == 0:
         return "tie"
-    return "more" if mean > 0 else "less"
+    return "win" if mean > 0 else "loss"
 
 
 def write(output: Path, title: str, command: str, settings: Any, body: list[str], data: dict[str, Any]) -> None:

@@ -15,16 +15,18 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import platform
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from mor_jax.cli.demo import run
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "compare"))  # the figures and tables of the other comparisons
+
+import tables
+from tables import mean_and_deviation, percent, verdict
 
 GRID = (2.5e-3, 5e-3, 1e-2, 2e-2)
 SEEDS = (0, 1, 2)
@@ -87,24 +89,6 @@ def settings() -> dict[str, Any]:
     }
 
 
-def percent(value: float) -> str:
-    """One decimal."""
-    return f"{100 * value:.1f}"
-
-
-def mean_and_deviation(values: list[float]) -> str:
-    """`mean ± standard deviation` in percent."""
-    return f"{percent(statistics.mean(values))} ± {percent(statistics.stdev(values))}"
-
-
-def verdict(differences: list[float]) -> str:
-    """`win`, `tie` or `loss` of MoR by the paired differences."""
-    mean, error = statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
-    if abs(mean) <= 2 * error or mean == 0:
-        return "tie"
-    return "win" if mean > 0 else "loss"
-
-
 def differences(found: list[dict[str, Any]]) -> dict[str, list[float]]:
     """MoR's accuracy less LoRA's, for each task and the mean a value a seed."""
     accuracy = [{m: each["methods"][m]["accuracy"] for m in run.METHODS} for each in found]
@@ -154,32 +138,6 @@ def routing_verdict(found: list[dict[str, Any]]) -> str:
     return "Routing does nothing here: expert use does not follow the task, or the mean merge is the same model."
 
 
-def write(output: Path, title: str, command: str, body: list[str], data: dict[str, Any]) -> None:
-    """`output`.md and `output`.json with command, settings, machine and versions."""
-    facts = {
-        "command": command,
-        "settings": settings() | ({"learning_rates": dict(run.LEARNING_RATES)} if "seeds" in data else {}),
-        "machine": {"backend": jax.default_backend(), "cores": os.cpu_count(), "processor": platform.machine()},
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
-    }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    text = [
-        f"# {title}",
-        "",
-        f"`{command}`",
-        "",
-        *body,
-        "",
-        f"{facts['settings']}",
-        "",
-        f"{facts['machine']}, {facts['versions']}",
-    ]
-    for suffix, content in ((".md", "\n".join(text)), (".json", json.dumps(facts | data, indent=1))):
-        beside = output.with_name(f".{output.name}.partial{suffix}")
-        beside.write_text(content + "\n", encoding="utf-8")
-        os.replace(beside, output.with_suffix(suffix))
-
-
 def main() -> None:
     """Runs one of the two and writes its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -191,13 +149,16 @@ def main() -> None:
     command = f"python experiments/quickstart/compare.py {arguments.what} --output {arguments.output}"
     if arguments.what == "grid":
         rows = run_grid(arguments.output.with_suffix(".json"))
-        write(arguments.output, "The demo's learning rates", command, grid_table(rows), {"rows": rows})
+        title = "The demo's learning rates"
+        tables.write(arguments.output, title, command, settings(), grid_table(rows), {"rows": rows})
     elif arguments.seed is not None:
         print(json.dumps(run_seed(arguments.seed, arguments.kept)))
     else:
         found = [run_seed(seed, arguments.kept) for seed in SEEDS]
         data = {"seeds": found, "verdicts": {name: verdict(paired) for name, paired in differences(found).items()}}
-        write(arguments.output, "The demo: LoRA and MoR at equal size", command, seeds_table(found), data)
+        used = settings() | {"learning_rates": dict(run.LEARNING_RATES)}
+        title = "The demo: LoRA and MoR at equal size"
+        tables.write(arguments.output, title, command, used, seeds_table(found), data)
 
 
 if __name__ == "__main__":
