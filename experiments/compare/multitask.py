@@ -35,11 +35,11 @@ from mor_jax.training.loop import train
 GRID = (2e-3, 4e-3)
 SEEDS: Mapping[str, tuple[int, ...]] = {"LoRA": (0, 1, 2), "LoRA of the total rank": (0,), "MoR": (0, 1, 2)}
 SETTINGS: Mapping[str, Any] = {
-    "steps": 120,
+    "steps": 240,
     "batch_size": 2,
     "sequence_length": 168,
     "overlong": "drop",
-    "warmup_steps": 10,
+    "warmup_steps": 12,
 }
 ROWS = 10  # prompts scored at once
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]  # prompt, completion, options (None where the answer is free text), task
-PARTS = {"train": 400, "validation": 20, "test": 60}  # rows of each task at most; of T0's 200 rows 140, 20, 40
+PARTS = {"train": 400, "validation": 20, "test": 100}  # rows of each task at most; of T0's 200 rows 140, 20, 40
 
 
 @dataclass(frozen=True)
