@@ -295,6 +295,43 @@ def _module_paths(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> list
     return ([prefix] if prefix else []) + [p for n, c in children for p in _module_paths(c, (*prefix, n))]
 
 
+def _adapted_site(
+    path: str, chosen: Mapping[str, Adapter], found: _Discovery, params: Mapping[str, Any], fuse: bool
+) -> AdaptedSite:
+    """The site at ``path``, but for the names of what it shares."""
+    method, visit = chosen[path], found.visits[path]
+    kernel_path = (*path.split("/"), visit.kind.kernel_leaf)
+    stored = meta.unbox(get_path(params, kernel_path)).shape
+    marked = get_path(params, (*kernel_path[:-1], MARK)).shape
+    positions = tuple(i for i, size in enumerate(marked) if size not in _MARK_SHAPE)
+    sizes = tuple(stored[p] for p in positions)
+    in_axes, out_axes = visit.contraction.in_axes, visit.contraction.out_axes
+    in_features, out_features = (math.prod(visit.shape[axis] for axis in axes) for axes in (in_axes, out_axes))
+    gate_path, gate_features = _gate_of(path, method, found.widths)
+    chain, first_layer, depth = _place(path, found.visits)
+    return AdaptedSite(
+        site=Site(path, in_features, out_features, math.prod(sizes), first_layer, depth),
+        adapter=method,
+        kernel_path=kernel_path,
+        stack_positions=positions,
+        stack_sizes=sizes,
+        in_axes=in_axes,
+        out_axes=out_axes,
+        gate_path=gate_path,
+        gate_features=gate_features,
+        group=_readers(path, chosen, found.visits) if fuse and method.dropout == 0 else (),
+        chain=chain,
+    )
+
+
+def _readers(path: str, chosen: Mapping[str, Adapter], visits: Mapping[str, _Visit]) -> tuple[str, ...]:
+    """The sites beside ``path`` that read the identical x without dropout, itself among them; () if it is alone."""
+    parent = path.rpartition("/")[0]
+    beside = [other for other in chosen if other.rpartition("/")[0] == parent and chosen[other].dropout == 0]
+    group = tuple(other for other in beside if visits[other].shares(visits[path]))
+    return group if len(group) > 1 else ()
+
+
 def resolve_sites(
     model: nn.Module,
     adapter: Adapter,
@@ -327,40 +364,7 @@ def resolve_sites(
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
     unknown = [p for p in _matrix_modules(params) if p not in found.visits]
     chosen = assign_adapters(list(found.visits), unknown, adapter, targets, tuple(overrides))
-    sites = []
-    for path, method in chosen.items():
-        visit = found.visits[path]
-        kernel_path = (*path.split("/"), visit.kind.kernel_leaf)
-        stored = meta.unbox(get_path(params, kernel_path)).shape
-        marked = get_path(params, (*kernel_path[:-1], MARK)).shape
-        positions = tuple(i for i, size in enumerate(marked) if size not in _MARK_SHAPE)
-        sizes = tuple(stored[p] for p in positions)
-        contraction = visit.contraction
-        in_features = math.prod(visit.shape[a] for a in contraction.in_axes)
-        out_features = math.prod(visit.shape[a] for a in contraction.out_axes)
-        gate_path, gate_features = _gate_of(path, method, found.widths)
-        parent = path.rpartition("/")[0]
-        chain, first_layer, depth = _place(path, found.visits)
-        group = tuple(
-            other
-            for other in chosen
-            if other.rpartition("/")[0] == parent and found.visits[other].shares(visit) and chosen[other].dropout == 0
-        )
-        sites.append(
-            AdaptedSite(
-                site=Site(path, in_features, out_features, math.prod(sizes), first_layer, depth),
-                adapter=method,
-                kernel_path=kernel_path,
-                stack_positions=positions,
-                stack_sizes=sizes,
-                in_axes=contraction.in_axes,
-                out_axes=contraction.out_axes,
-                gate_path=gate_path,
-                gate_features=gate_features,
-                group=group if fuse and len(group) > 1 and method.dropout == 0 else (),
-                chain=chain,
-            )
-        )
+    sites = [_adapted_site(path, chosen, found, params, fuse) for path in chosen]
     trained = _trained_shapes(tuple(trained_modules), _without_marks(params), list(chosen))
     sites = _name_groups(sites)
     return AdapterPlan(tuple(sites), tuple(path for path, _ in trained), fuse, kinds, trained)

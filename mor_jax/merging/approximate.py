@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -25,6 +26,20 @@ def _task_index(gates: str, tasks: Sequence[str]) -> int:
     if name not in tasks:
         raise ValueError(f"gates={gates!r}: no such task; tasks are {', '.join(tasks) or 'not named'}")
     return list(tasks).index(name)
+
+
+def _known_merges(gates: str, others: Iterable[str]) -> tuple[str, ...]:
+    """The names of all merges; raises ValueError when ``gates`` is none of them and no task."""
+    names = (*MERGES, *others)
+    if gates not in names and not gates.startswith("task:"):
+        raise ValueError(f"gates must be one of {', '.join(names)} or task:NAME, got {gates!r}")
+    return names
+
+
+def _check_data(calibration: Sequence[Batch], heldout: Sequence[Batch]) -> None:
+    if not calibration or not heldout:
+        raise ValueError("an approximate merge needs calibration batches and held-out batches")
+    check_unseen(calibration, heldout)
 
 
 def _merge_one(
@@ -79,31 +94,34 @@ def merge_routed(
         ValueError: for an unknown ``gates`` or task, no data, or held-out rows among the calibration rows.
     """
     others = others or {}
-    names = (*MERGES, *others)
-    if gates not in names and not gates.startswith("task:"):
-        raise ValueError(f"gates must be one of {', '.join(names)} or task:NAME, got {gates!r}")
-    report = lambda merged, name, data, **more: measure_fidelity(  # noqa: E731
-        model, params, leaves, plan, merged, data, call=call, method=name, **more
-    )
+    names = _known_merges(gates, others)
+    report = functools.partial(measure_fidelity, model, params, leaves, plan, call=call)
     if not routed_paths(plan):
         merged = merge(params, leaves, plan)
-        return merged, report(merged, "exact", heldout, evaluate=evaluate)
-    if not calibration or not heldout:
-        raise ValueError("an approximate merge needs calibration batches and held-out batches")
-    check_unseen(calibration, heldout)
+        return merged, report(merged, heldout, method="exact", evaluate=evaluate)
+    _check_data(calibration, heldout)
     one = lambda name: (  # noqa: E731
         others[name]() if name in others else _merge_one(model, params, leaves, plan, name, calibration, call, tasks)
     )
     if gates != "best":
         merged = one(gates)
-        return merged, report(merged, gates, heldout, evaluate=evaluate)
+        return merged, report(merged, heldout, method=gates, evaluate=evaluate)
     choosing, reporting = (heldout[::2], heldout[1::2]) if len(heldout) > 1 else (heldout, heldout)
-    candidates: dict[str, float] = {}
+    best, merged, divergences = _least_divergent(names[1:], one, lambda merged: report(merged, choosing, sites=False))
+    return merged, dataclasses.replace(
+        report(merged, reporting, method=best, evaluate=evaluate), candidates=divergences
+    )
+
+
+def _least_divergent(
+    names: Sequence[str], merge_by: Callable[[str], dict[str, Any]], report: Callable[[dict[str, Any]], FidelityReport]
+) -> tuple[str, dict[str, Any], dict[str, float]]:
+    """(the name whose merge has the smallest KL, that merge, all KLs); no more than two merges are alive at a time."""
+    divergences: dict[str, float] = {}
     best: Any = None
-    for name in names[1:]:
-        merged = one(name)
-        candidates[name] = report(merged, name, choosing, sites=False).kl
-        if candidates[name] == min(candidates.values()):
+    for name in names:
+        merged = merge_by(name)
+        divergences[name] = report(merged).kl
+        if divergences[name] == min(divergences.values()):
             best = (name, merged)
-    final = report(best[1], best[0], reporting, evaluate=evaluate)
-    return best[1], dataclasses.replace(final, candidates=candidates)
+    return *best, divergences

@@ -6,6 +6,7 @@ the ratio of their norms, the change is one of x_n alone and merges. How well th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -64,9 +65,8 @@ def earlier_shares(
                 measured = adapted.adapter.weight_norm(own, site_kernels(params, adapted))
             norms.append(measured.reshape(count))
         share = sites[0].adapter.earlier_share(jnp.concatenate(norms))
-        start = 0
-        for adapted in sites:
-            end = start + adapted.site.num_layers
-            shares[adapted.site.path] = share[start:end].reshape(*adapted.stack_sizes, 1)
-            start = end
+        ends = itertools.accumulate(adapted.site.num_layers for adapted in sites)
+        for adapted, end in zip(sites, ends, strict=True):
+            own = share[end - adapted.site.num_layers : end]
+            shares[adapted.site.path] = own.reshape(*adapted.stack_sizes, 1)
     return shares

@@ -179,12 +179,7 @@ def measure_fidelity(
     Raises:
         ValueError: if no held-out token counts.
     """
-    total: dict[str, float] = {}
-    for batch in batches:
-        arrays = {name: jnp.asarray(value) for name, value in batch.items()}
-        for name, value in _compare_batch(model, plan, call, params, leaves, merged, arrays).items():
-            before = total.get(name, 0.0)
-            total[name] = max(before, float(value)) if name == "max" else before + float(value)
+    total = _added_up(functools.partial(_compare_batch, model, plan, call, params, leaves, merged), batches)
     routed = functools.partial(routed_logits, model, plan, call, params, leaves)
     plain = functools.partial(_plain_logits, model, call, merged)
     tokens = total.get("tokens", 0.0)
@@ -201,6 +196,16 @@ def measure_fidelity(
         site_errors=site_errors(model, params, leaves, plan, merged, batches, call) if sites else {},
         metrics={} if evaluate is None else {"routed": evaluate(routed), "merged": evaluate(plain)},
     )
+
+
+def _added_up(compare: Callable[[Batch], dict[str, Array]], batches: Sequence[Batch]) -> dict[str, float]:
+    """What ``compare`` finds in each batch, summed over all; the largest where it is called max."""
+    total: dict[str, float] = {}
+    for batch in batches:
+        for name, value in compare({name: jnp.asarray(value) for name, value in batch.items()}).items():
+            before = total.get(name, 0.0)
+            total[name] = max(before, float(value)) if name == "max" else before + float(value)
+    return total
 
 
 @functools.partial(jax.jit, static_argnames=("model", "plan", "call"))

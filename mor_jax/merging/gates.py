@@ -61,8 +61,6 @@ def mean_gates(
     shares = earlier_shares(model, params, leaves, plan, batches, call=call) if plan.chained else {}
     if shares and not any(s.adapter.num_gates for s in plan.sites):
         return shares
-    load, count = ("load", "count") if task is None else ("task_load", "task_count")
-
     total, probes = None, None
     for batch in batches:
         arrays = {name: jnp.asarray(value) for name, value in batch.items()}
@@ -73,8 +71,16 @@ def mean_gates(
             probes = init_probes(plan, inputs.num_tasks if inputs.task_ids is not None else 0)
             total = probes
         total = _add_batch(model, plan, call, params, leaves, arrays, probes, total)
+    if total is None:
+        raise ValueError("mean gates need at least one calibration batch")
+    return _averages(total, task) | shares
+
+
+def _averages(total: Any, task: int | None) -> dict[str, Array]:
+    """{gate path: mean gate} of the routers' sums, over the tokens of one task or over all (None)."""
+    load, count = ("load", "count") if task is None else ("task_load", "task_count")
     gates = {}
-    for path, sums in (total or {}).items():
+    for path, sums in total.items():
         if load not in sums:
             continue
         tokens, weight = np.asarray(sums[count]), np.asarray(sums[load])
@@ -83,6 +89,4 @@ def mean_gates(
         if not (tokens > 0).all():
             raise ValueError("no calibration token" + ("" if task is None else f" of task {task}") + f" reached {path}")
         gates[path] = jnp.asarray(weight / tokens, jnp.float32)
-    if total is None:
-        raise ValueError("mean gates need at least one calibration batch")
-    return gates | shares
+    return gates

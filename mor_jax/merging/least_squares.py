@@ -86,6 +86,11 @@ def _solve(sums: Mapping[str, Any], index: tuple[int, ...], path: str, ridge: fl
     return solve_ridge(moment, np.asarray(sums["xd"][index], np.float64) / tokens, ridge), moment
 
 
+def _zeros(adapted: AdaptedSite, *shape: int) -> np.ndarray:
+    """(layers..., *shape) float32."""
+    return np.zeros((*adapted.stack_sizes, *shape), np.float32)
+
+
 def least_squares(
     model: nn.Module,
     params: Any,
@@ -115,14 +120,9 @@ def least_squares(
         ValueError: if there is no calibration token.
     """
     paths, batches = routed_paths(plan), list(batches)
-    sizes = {path: (plan[path].stack_sizes, plan[path].site) for path in paths}
-    changes = {
-        p: np.zeros((*stack, site.in_features, site.out_features), np.float32) for p, (stack, site) in sizes.items()
-    }
-    moments = {
-        p: np.zeros((*stack, site.in_features, site.in_features), np.float32) for p, (stack, site) in sizes.items()
-    }
-    merged = {path: np.zeros((*stack, 1), np.float32) for path, (stack, _) in sizes.items()}
+    changes = {path: _zeros(plan[path], plan[path].site.in_features, plan[path].site.out_features) for path in paths}
+    moments = {path: _zeros(plan[path], plan[path].site.in_features, plan[path].site.in_features) for path in paths}
+    merged = {path: _zeros(plan[path], 1) for path in paths}
     collect = make_collector(model, plan, paths, call, paired=sequential)
     steps = calibration_blocks(plan)
     if not sequential:

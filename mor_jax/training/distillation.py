@@ -9,7 +9,8 @@ Least squares makes each site right on its own; the KL weighs what the sites do 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -108,16 +109,12 @@ def distill(
     student_plan, start = refactor(found, leaves, plan, rank)
     if steps == 0:
         return student_plan, start
-    balanced = {path: _balance(own) if path in found.changes else own for path, own in start.params.items()}
     taught = _taught(model, params, leaves, plan, batches, call, steps, seed)
     optimizer = _optimizer(frozenset(found.changes), steps, learning_rate)
-    adapted = Adapted(base=model, plan=student_plan)
-    trained = _train(adapted, params, start._replace(params=balanced), optimizer, taught, call, seed)
-
-    def kl(student: Leaves) -> float:
-        merged = merge(params, student, student_plan)
-        return measure_fidelity(model, params, leaves, plan, merged, batches, call=call, sites=False).kl
-
+    student, start = Adapted(base=model, plan=student_plan), _balanced(start, found.changes)
+    trained = _train(student, params, start, optimizer, taught, call, seed)
+    report = functools.partial(measure_fidelity, model, params, leaves, plan, call=call, sites=False)
+    kl = lambda own: report(merge(params, own, student_plan), batches).kl  # noqa: E731
     return student_plan, min(start, trained, key=kl)
 
 
@@ -146,12 +143,16 @@ def _train(
     return Leaves(state.adapters, state.adapter_state, leaves.constants)
 
 
-def _balance(own: Any) -> dict[str, Array]:
-    """The same product a b with each column of a as long as its row of b, since Adam moves all entries alike."""
-    left = jnp.linalg.norm(own["a"], axis=-2, keepdims=True)
-    right = jnp.swapaxes(jnp.linalg.norm(own["b"], axis=-1, keepdims=True), -1, -2)
-    scale = jnp.where((left > 0) & (right > 0), jnp.sqrt(right / jnp.where(left > 0, left, 1.0)), 1.0)
-    return {"a": own["a"] * scale, "b": own["b"] / jnp.swapaxes(scale, -1, -2)}
+def _balanced(leaves: Leaves, paths: Container[str]) -> Leaves:
+    """The same products a b, at `paths` with each column of a as long as its row of b: Adam moves all entries alike."""
+
+    def balance(own: Any) -> dict[str, Array]:
+        left = jnp.linalg.norm(own["a"], axis=-2, keepdims=True)
+        right = jnp.swapaxes(jnp.linalg.norm(own["b"], axis=-1, keepdims=True), -1, -2)
+        scale = jnp.where((left > 0) & (right > 0), jnp.sqrt(right / jnp.where(left > 0, left, 1.0)), 1.0)
+        return {"a": own["a"] * scale, "b": own["b"] / jnp.swapaxes(scale, -1, -2)}
+
+    return leaves._replace(params={path: balance(own) if path in paths else own for path, own in leaves.params.items()})
 
 
 def _optimizer(trained: frozenset[str], steps: int, learning_rate: float) -> optax.GradientTransformation:

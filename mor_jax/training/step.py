@@ -274,16 +274,29 @@ def make_step(
     plan = _plan(adapted)
     rules = _checked_rules(plan, rules)
     tx = optax.with_extra_args_support(optimizer)
-    deterministic = not any(site.adapter.dropout for site in plan.sites)
     mesh = None if shardings is None else shardings.batch.mesh
-    sums = partial(sum_micro_batches, plan, accumulate, mesh)
+    step = _one_step(plan, tx, rules, partial(sum_micro_batches, plan, accumulate, mesh, loss), num_tasks)
+    options: dict[str, Any] = {"donate_argnums": 0}
+    if shardings is not None:
+        options["in_shardings"] = (shardings.state, shardings.params, shardings.constants, shardings.batch)
+        options["out_shardings"] = (shardings.state, shardings.metrics)
+    return Step(
+        jax.jit(on_mesh(step, mesh), **options), {} if constants is None else constants, leaf_names(adapters or {})
+    )
+
+
+def _one_step(
+    plan: AdapterPlan, tx: optax.GradientTransformationExtraArgs, rules: Rules, sums: Callable[..., Any], num_tasks: int
+) -> Callable[..., Any]:
+    """(state, params, constants, batch) -> (state, metrics), not compiled; `sums` are those of the micro-batches."""
+    deterministic = not any(site.adapter.dropout for site in plan.sites)
 
     def step(state: TrainState, params, constants, batch):
         leaves = Leaves(state.adapters, state.adapter_state, constants)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl="threefry2x32"), state.step)
         rank = _draw_rank(plan, key)
         base = AdapterInputs(deterministic=deterministic, num_tasks=num_tasks, rank=rank, noise_step=state.step)
-        total, tokens, gradient, statistics = sums(loss, leaves, params, batch, base, key)
+        total, tokens, gradient, statistics = sums(leaves, params, batch, base, key)
         scale = 1.0 / jnp.maximum(tokens, 1.0)
         mean, gradient = total * scale, jax.tree.map(lambda g: g * scale, gradient)
         penalty, gradient = _add_penalty(plan, leaves, gradient)
@@ -301,13 +314,7 @@ def make_step(
         routed = {path: sums for path, sums in statistics.items() if path in plan.gates or plan[path].adapter.num_gates}
         return new, metrics | penalty | ({} if rank is None else {"rank": rank}) | {"statistics": routed}
 
-    options: dict[str, Any] = {"donate_argnums": 0}
-    if shardings is not None:
-        options["in_shardings"] = (shardings.state, shardings.params, shardings.constants, shardings.batch)
-        options["out_shardings"] = (shardings.state, shardings.metrics)
-    return Step(
-        jax.jit(on_mesh(step, mesh), **options), {} if constants is None else constants, leaf_names(adapters or {})
-    )
+    return step
 
 
 def _plan(adapted: Adapted) -> AdapterPlan:
