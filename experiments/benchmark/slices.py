@@ -56,7 +56,7 @@ CASES = {
     **{f"8b-{remat}": Case("Llama-3.1-8B", "v5e:4x4", 16, remat, ("mor",)) for remat in REMATS},
 }
 LENGTH = 4096
-NOTE = f"""Rows of {LENGTH} tokens, bfloat16 base over `fsdp`, all linear maps adapted with the methods' defaults. Memory
+NOTE = f"""Rows of {LENGTH} tokens, bfloat16 base over `fsdp`, all linear maps adapted by the methods' defaults. Memory
 is the compiler's. Step times are roofline estimates, not measurements: the highest of three roofs. Attention is the
 splash kernel, whose operations are counted as if it skipped no block. The compiler's seconds are of one core; the share
 of the base is that of adapters, their gradients and moments over all chips."""
