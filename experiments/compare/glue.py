@@ -27,7 +27,7 @@ from mor_jax.cli.options import EvalOptions
 from mor_jax.training.config import TrainConfig
 from mor_jax.training.loop import train
 
-LEARNING_RATE = 5e-4
+LEARNING_RATE = 1e-3
 SEEDS = (0, 1, 2)
 SETTINGS: Mapping[str, Any] = {"objective": "classification", "steps": 300, "batch_size": 8, "warmup_steps": 30}
 TASKS: Mapping[str, dict[str, Any]] = {
