@@ -24,32 +24,6 @@ class NotMergeable(ValueError):
     """A method has no exact merge for what was asked; the message names what to do instead."""
 
 
-def kaiming_uniform(key: Array, fan_in: int, shape: tuple[int, ...]) -> Array:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), float32: Kaiming's uniform with a = sqrt(5)."""
-    bound = fan_in**-0.5
-    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-
-
-@jax.custom_vjp
-def expand(z: Array, b: Array) -> Array:
-    """``z @ b`` for a narrow z: (..., r) and b: (r, out), as (..., out) in their dtype.
-
-    The gradient of b is ``z.T @ g``. jax's own rule forms ``(g.T @ z).T``, for which XLA on CPU writes out the
-    transpose of the wide cotangent g: an eighth of a LoRA step at width 512.
-    """
-    return jnp.matmul(z, b)
-
-
-def _expand_backward(kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    z, b = kept
-    tokens = tuple(range(z.ndim - 1))
-    by_z = jax.lax.dot_general(g, b, (((g.ndim - 1,), (1,)), ((), ())))
-    return by_z, jax.lax.dot_general(z, g, ((tokens, tokens), ((), ())))
-
-
-expand.defvjp(lambda z, b: (jnp.matmul(z, b), (z, b)), _expand_backward)
-
-
 @dataclass(frozen=True)
 class Site:
     """One linear map of a model, known statically.
@@ -152,6 +126,7 @@ class AdapterInputs:
         rank: The drawn rank (DyLoRA).
         noise_step: The optimiser step that noise is drawn for (HaLoRA).
         chain: What earlier layers left for this one (ResLoRA); injection sets it, for one site at a time.
+        clean_x: x before dropout, (..., in), where a site's x went through it; injection sets it likewise.
         key: Root key of this micro-batch; a site's own key is ``fold_in(key, site id)``.
         auxiliary_scale: Balance losses enter the gradient times this; None switches them off.
         deterministic: False while training with dropout.
@@ -166,6 +141,7 @@ class AdapterInputs:
     rank: Array | None = None
     noise_step: Array | None = None
     chain: Any = None
+    clean_x: Array | None = None
     key: Array | None = None
     auxiliary_scale: Array | None = None
     deterministic: bool = field(default=True, metadata={"static": True})
@@ -181,6 +157,7 @@ class Adapter:
     paper: ClassVar[str] = ""
     starts_at_zero: ClassVar[bool] = True
     gate_lifetime: ClassVar[str] = "token"
+    rule_name: ClassVar[str] = ""  # of a method whose rule no option switches off
     optional_rule: ClassVar[str] = ""  # what `rule` becomes, and with which option, where it is off by default
 
     dropout: float = 0.0  # probability of dropping an entry of x before the factors, while training
@@ -195,6 +172,12 @@ class Adapter:
         for name in names:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{type(self).__name__}.{name} must be positive, got {getattr(self, name)}")
+
+    def require_not_negative(self, *names: str) -> None:
+        """Raises ValueError naming the first of the fields ``names`` that is negative."""
+        for name in names:
+            if getattr(self, name) < 0:
+                raise ValueError(f"{type(self).__name__}.{name} must not be negative, got {getattr(self, name)}")
 
     def require_choice(self, name: str, *allowed: str) -> None:
         """Raises ValueError unless the field ``name`` is one of ``allowed``."""
@@ -240,7 +223,7 @@ class Adapter:
     @property
     def rule(self) -> str:
         """One word for what happens while training beside the optimiser; "" for nothing."""
-        return ""
+        return self.rule_name
 
     def init(self, key: Array, site: Site, layer: Array, kernel: Kernel) -> Leaves:
         """Leaves of one layer, params float32. ``layer`` is an int32 scalar and may be traced."""
@@ -277,13 +260,7 @@ class Adapter:
         raise TypeError(f"{type(self).__name__} hands nothing on")
 
     def delta(
-        self,
-        leaves: Leaves,
-        x: Array,
-        base_output: Array,
-        kernel: Kernel,
-        gates: Array | None,
-        inputs: AdapterInputs,
+        self, leaves: Leaves, x: Array, base_output: Array, kernel: Kernel, gates: Array | None, inputs: AdapterInputs
     ) -> Array | tuple[Array, Any]:
         """The change of the output, (..., out) in the dtype of ``base_output``; with ``inputs.chain``, (change, chain).
 
@@ -381,7 +358,8 @@ class Adapter:
     def statistics(self, leaves: Leaves, x: Array, gates: Array | None, inputs: AdapterInputs) -> dict[str, Array]:
         """Sums over the tokens of this call, float32, none 0-d; they leave the model by probe leaves.
 
-        A method with a gate gets what ``gate`` gets; one without (``gates`` is None) gets x itself, (..., in).
+        A method with a gate gets what ``gate`` gets; one without (``gates`` is None) gets x itself, (..., in), before
+        any dropout.
         """
         return {}
 

@@ -13,8 +13,8 @@ from typing import ClassVar, Literal
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site, expand, kaiming_uniform
-from mor_jax.adapters.low_rank import LowRank, start_factors
+from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site
+from mor_jax.adapters.low_rank import LowRank, expand, kaiming_uniform, start_factors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +53,7 @@ class LoRA(LowRank):
         return leaves.params["a"]
 
     def delta(
-        self,
-        leaves: Leaves,
-        x: Array,
-        base_output: Array,
-        kernel: Kernel,
-        gates: Array | None,
-        inputs: AdapterInputs,
+        self, leaves: Leaves, x: Array, base_output: Array, kernel: Kernel, gates: Array | None, inputs: AdapterInputs
     ) -> Array:
         """s (x a) b for x a: (..., rank), as (..., out)."""
         dtype = base_output.dtype

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site, expand, kaiming_uniform
+from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site
 from mor_jax.adapters.constants import constants_key, rebuildable_normal
-from mor_jax.adapters.low_rank import LowRank
+from mor_jax.adapters.low_rank import LowRank, expand, kaiming_uniform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +68,7 @@ class LoRAMini(LowRank):
         return leaves._replace(params={**params, "down": down, "up": up})
 
     def delta(
-        self,
-        leaves: Leaves,
-        x: Array,
-        base_output: Array,
-        kernel: Kernel,
-        gates: Array | None,
-        inputs: AdapterInputs,
+        self, leaves: Leaves, x: Array, base_output: Array, kernel: Kernel, gates: Array | None, inputs: AdapterInputs
     ) -> Array:
         """s (x A a) b B for x A a: (..., rank), as (..., out)."""
         dtype = base_output.dtype

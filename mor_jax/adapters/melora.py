@@ -18,8 +18,8 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site, expand, kaiming_uniform
-from mor_jax.adapters.low_rank import LowRank
+from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site
+from mor_jax.adapters.low_rank import LowRank, expand, kaiming_uniform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,13 +74,7 @@ class MELoRA(LowRank):
         return leaves._replace(params={**leaves.params, "down": down, "up": up})
 
     def delta(
-        self,
-        leaves: Leaves,
-        x: Array,
-        base_output: Array,
-        kernel: Kernel,
-        gates: Array | None,
-        inputs: AdapterInputs,
+        self, leaves: Leaves, x: Array, base_output: Array, kernel: Kernel, gates: Array | None, inputs: AdapterInputs
     ) -> Array:
         """concat_i s (x_i a_i) b_i for x "down": (..., n rank), as (..., out)."""
         dtype = base_output.dtype

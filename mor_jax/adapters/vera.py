@@ -95,13 +95,7 @@ class VeRA(Adapter):
         return Leaves({}, {}, {"a": a, "b": b})
 
     def delta(
-        self,
-        leaves: Leaves,
-        x: Array,
-        base_output: Array,
-        kernel: Kernel,
-        gates: Array | None,
-        inputs: AdapterInputs,
+        self, leaves: Leaves, x: Array, base_output: Array, kernel: Kernel, gates: Array | None, inputs: AdapterInputs
     ) -> Array:
         """((x a) * d) b * lam_b for x: (..., in), as (..., out)."""
         a, b = self._factors(leaves, kernel)
