@@ -30,7 +30,7 @@ def as_lora(plan: AdapterPlan, leaves: Leaves, params: Mapping[str, Any]) -> tup
         NotMergeable: a site's method is no constant product of two thin factors.
     """
     linked = link_leaves(plan, leaves)
-    kept = {path: own for path, own in leaves.params.items() if path in plan.trained_modules}
+    kept: dict[str, Any] = {path: own for path, own in leaves.params.items() if path in plan.trained_modules}
     sites = []
     for adapted in plan.sites:
         path = adapted.site.path
