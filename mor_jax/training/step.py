@@ -82,9 +82,9 @@ def language_model_loss(
 
     Args:
       adapted: around a decoder with arguments (input_ids, positions, segment_ids, output=).
-      head: params -> the frozen head: the loss then runs over chunks of tokens. None takes whole logits, as a
+      head: params -> the frozen head: the loss then holds a chunk of logits at a time. None takes whole logits, as a
         head that is itself trained or adapted needs.
-      chunk: tokens whose logits are alive at a time on each device.
+      chunk: tokens whose logits may be alive at a time on each device.
       softcap: of the logits, or None.
 
     Returns:
