@@ -197,7 +197,7 @@ def spread(spec: PartitionSpec, leaf: Any, mesh: Mesh) -> PartitionSpec:
 def hold_split(leaf: jax.Array, mesh: Mesh) -> jax.Array:
     """What a step computes once from adapters, and so its gradient, split over `fsdp` where it is large.
 
-    Without it a compiler keeps such a leaf of all layers whole on each device. Other mesh axes are left to the compiler.
+    Without it a compiler keeps such a leaf of all layers whole on each device. Other axes are left to the compiler.
     """
     spec = spread(PartitionSpec(), leaf, mesh)
     if not any(spec):
