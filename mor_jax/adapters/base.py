@@ -150,7 +150,7 @@ class AdapterInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """A fine-tuning method. Subclasses are final and define ``init``, ``delta``, ``num_params`` and ``merge``."""
+    """A fine-tuning method. A final class defines ``init``, ``delta``, ``num_params`` and ``factors`` or ``merge``."""
 
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
@@ -286,13 +286,24 @@ class Adapter:
         """Trained parameters of a site over all its layers, gates at blocks apart."""
         raise TypeError(f"{type(self).__name__} must define num_params")
 
+    def factors(self, leaves: Leaves, kernel: Kernel) -> tuple[Array, Array] | None:
+        """(in, k) and (k, out), float32, whose product is the whole change of the kernel, scale included.
+
+        None where no two constant thin factors are all that the method does. Formats that know LoRA alone hold those
+        that are.
+        """
+        return None
+
     def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
-        """The kernel with the adapter folded in, in the kernel's layout and dtype.
+        """The kernel with the adapter folded in, in the kernel's layout and dtype: plus ``factors``, where it has any.
 
         Raises:
             NotMergeable: if the gate depends on the input and ``gates: (N,)`` is not given.
         """
-        raise TypeError(f"{type(self).__name__} must define merge")
+        pair = self.factors(leaves, kernel)
+        if pair is None:
+            raise TypeError(f"{type(self).__name__} must define merge, or factors")
+        return kernel.replace(kernel.dense() + pair[0] @ pair[1])
 
     def padded_params(self, site: Site) -> int:
         """Entries of the trained leaves, with the ranks that only fill up a static shape."""

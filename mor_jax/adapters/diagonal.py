@@ -58,10 +58,9 @@ class DiagonalLoRA(Adapter):
         """width (in + out) a layer, and width more where w is trained."""
         return site.num_layers * self.width * (site.in_features + site.out_features + bool(self.trained_weight))
 
-    def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
-        """W + a (w * b), exactly."""
-        weighted = self.rank_weights(leaves, AdapterInputs())[:, None] * leaves.params["b"]
-        return kernel.replace(kernel.dense() + leaves.params["a"] @ weighted)
+    def factors(self, leaves: Leaves, kernel: Kernel) -> tuple[Array, Array]:
+        """(a, w * b), so that merging is exact."""
+        return leaves.params["a"], self.rank_weights(leaves, AdapterInputs())[:, None] * leaves.params["b"]
 
     def logical_axes(self, site: Site) -> dict[str, tuple[str | None, ...]]:
         """a follows the kernel's inputs, b its outputs."""

@@ -109,6 +109,10 @@ class HaLoRA(LowRank):
         norm = spectral_norm if self.norm == "spectral" else frobenius_norm
         return self.penalty_weight * (norm(a.T @ a) + norm(b @ b.T))
 
+    def factors(self, leaves: Leaves, kernel: Kernel) -> tuple[Array, Array]:
+        """(a, s b): all that is kept beside the noisy base."""
+        return leaves.params["a"], self.scale * leaves.params["b"]
+
     def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
         """W + s a b, exactly.
 
@@ -120,7 +124,7 @@ class HaLoRA(LowRank):
                 "HaLoRA keeps its adapter off the noisy memory that holds the base; serve the adapter beside it, "
                 "or merge all the same with mergeable=True (--mergeable)"
             )
-        return kernel.replace(kernel.dense() + self.scale * leaves.params["a"] @ leaves.params["b"])
+        return super().merge(leaves, kernel, gates)
 
 
 def tile_max(kernel: Array) -> Array:

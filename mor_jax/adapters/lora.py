@@ -59,9 +59,9 @@ class LoRA(LowRank):
         dtype = base_output.dtype
         return expand(x.astype(dtype), (leaves.params["b"] * self.scale).astype(dtype))
 
-    def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
-        """W + s a b, exactly."""
-        return kernel.replace(kernel.dense() + self.scale * leaves.params["a"] @ leaves.params["b"])
+    def factors(self, leaves: Leaves, kernel: Kernel) -> tuple[Array, Array]:
+        """(a, s b), so that merging is exact."""
+        return leaves.params["a"], self.scale * leaves.params["b"]
 
 
 @dataclass(frozen=True, kw_only=True)

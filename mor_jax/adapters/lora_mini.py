@@ -78,10 +78,10 @@ class LoRAMini(LowRank):
         """rank (m + n) a layer."""
         return site.num_layers * self.rank * (self.inner_in + self.inner_out)
 
-    def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
-        """W + s A a b B, exactly."""
+    def factors(self, leaves: Leaves, kernel: Kernel) -> tuple[Array, Array]:
+        """(A a, s b B), so that merging is exact."""
         params = self._composed(leaves).params
-        return kernel.replace(kernel.dense() + params["down"] @ params["up"])
+        return params["down"], params["up"]
 
     def logical_axes(self, site: Site) -> dict[str, tuple[str | None, ...]]:
         """The trained factors touch neither the kernel's inputs nor its outputs."""

@@ -89,9 +89,9 @@ class MELoRA(LowRank):
         rows, columns = self._slices(site)
         return site.num_layers * self.num_minis * self.rank * (rows + columns)
 
-    def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
-        """W plus the block-diagonal matrix of the s a_i b_i, exactly."""
-        return kernel.replace(kernel.dense() + block_diagonal(self.scale * leaves.params["a"] @ leaves.params["b"]))
+    def factors(self, leaves: Leaves, kernel: Kernel) -> tuple[Array, Array]:
+        """(in, n r) and (n r, out): the block-diagonal matrices of the a_i and of the s b_i; merging is exact."""
+        return block_diagonal(leaves.params["a"]), block_diagonal(self.scale * leaves.params["b"])
 
     def logical_axes(self, site: Site) -> dict[str, tuple[str | None, ...]]:
         """The slices of in and out are cut by mini LoRA, so no axis follows the kernel's."""

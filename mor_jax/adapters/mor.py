@@ -152,6 +152,17 @@ class MoR(LowRank):
             count += self.num_gate_params(site.in_features)
         return super().num_params(site) + site.num_layers * count
 
+    def factors(self, leaves: Leaves, kernel: Kernel) -> tuple[Array, Array] | None:
+        """Of the mean router, (a, s (sum_i lam_a[i] x lam_b[i] / N) * b)."""
+        if self.routed:
+            return None
+        return self._mixed(leaves, jnp.full((self.num_experts,), 1 / self.num_experts, jnp.float32))
+
+    def _mixed(self, leaves: Leaves, gates: Array) -> tuple[Array, Array]:
+        params = leaves.params
+        mixed = jnp.einsum("n,nr,no->ro", gates.astype(jnp.float32), params["lam_a"], params["lam_b"])
+        return params["a"], self.scale * mixed * params["b"]
+
     def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
         """W + s a ((sum_i g_i lam_a[i] x lam_b[i]) * b) for constant gates g: (N,); the mean router brings its own.
 
@@ -164,10 +175,9 @@ class MoR(LowRank):
                     "MoR's gates depend on the input, so no merged kernel equals it; choose an approximation "
                     "(--gates least_squares, mean or task:NAME), or train with router='mean'"
                 )
-            gates = jnp.full((self.num_experts,), 1 / self.num_experts, jnp.float32)
-        params = leaves.params
-        mixed = jnp.einsum("n,nr,no->ro", gates.astype(jnp.float32), params["lam_a"], params["lam_b"]) * params["b"]
-        return kernel.replace(kernel.dense() + self.scale * params["a"] @ mixed)
+            return super().merge(leaves, kernel)
+        a, mixed = self._mixed(leaves, gates)
+        return kernel.replace(kernel.dense() + a @ mixed)
 
     def logical_axes(self, site: Site) -> dict[str, tuple[str | None, ...]]:
         """a and the router follow the kernel's inputs, b and lam_b its outputs."""

@@ -118,6 +118,12 @@ class ResLoRA(LowRank):
         change = expand(hidden.astype(dtype), b.astype(dtype))
         return change if chain is None else (change, following)
 
+    def factors(self, leaves: Leaves, kernel: Kernel) -> tuple[Array, Array] | None:
+        """Of ``block``, the layer's own factors beside the earlier ones, s with the latter; the others read inputs."""
+        if self.chained:
+            return None
+        return _joined(leaves, "a", axis=1), self.scale * _joined(leaves, "b", axis=0)
+
     def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
         """W + s a b with the earlier factors (``block``), or W + s (1 + gates[0]) a b, gates: (1,) being alpha_n.
 
@@ -125,8 +131,7 @@ class ResLoRA(LowRank):
             NotMergeable: for a layer of an ``input`` or ``middle`` chain without gates.
         """
         if self.form == "block":
-            change = _joined(leaves, "a", axis=1) @ _joined(leaves, "b", axis=0)
-            return kernel.replace(kernel.dense() + self.scale * change)
+            return super().merge(leaves, kernel)
         if gates is None and "place" in leaves.constants:
             raise NotMergeable(
                 f"ResLoRA's form {self.form!r} reads other layers, so no merged kernel equals it; choose an "

@@ -28,7 +28,8 @@ from mor_jax.injection import Adapted, AdapterPlan, adapter_specs, init_leaves
 from mor_jax.models import HeadKernel
 from mor_jax.models.logical_axes import RESIDUAL, split_ways
 from mor_jax.optim import Rules, mean_penalty
-from mor_jax.training.accumulation import count_partial_sums, sum_micro_batches
+from mor_jax.training.accumulation import sum_micro_batches
+from mor_jax.training.backend import compiler_options
 from mor_jax.training.losses import chunked_cross_entropy, cross_entropy
 from mor_jax.training.mesh import batch_sharding, replicated
 from mor_jax.training.sharding import on_mesh, shardings_of, spread
@@ -81,9 +82,9 @@ def language_model_loss(
 
     Args:
       adapted: around a decoder with arguments (input_ids, positions, segment_ids, output=).
-      head: params -> the frozen head: the loss then runs over chunks of tokens. None takes whole logits, as a
+      head: params -> the frozen head: the loss then holds a chunk of logits at a time. None takes whole logits, as a
         head that is itself trained or adapted needs.
-      chunk: tokens whose logits are alive at a time on each device.
+      chunk: tokens whose logits may be alive at a time on each device.
       softcap: of the logits, or None.
 
     Returns:
@@ -276,7 +277,7 @@ def make_step(
     tx = optax.with_extra_args_support(optimizer)
     deterministic = not any(site.adapter.dropout for site in plan.sites)
     mesh = None if shardings is None else shardings.batch.mesh
-    sums = partial(sum_micro_batches, plan, accumulate, count_partial_sums(plan, accumulate, mesh))
+    sums = partial(sum_micro_batches, plan, accumulate, mesh)
 
     def step(state: TrainState, params, constants, batch):
         leaves = Leaves(state.adapters, state.adapter_state, constants)
@@ -301,7 +302,7 @@ def make_step(
         routed = {path: sums for path, sums in statistics.items() if path in plan.gates or plan[path].adapter.num_gates}
         return new, metrics | penalty | ({} if rank is None else {"rank": rank}) | {"statistics": routed}
 
-    options: dict[str, Any] = {"donate_argnums": 0}
+    options: dict[str, Any] = {"donate_argnums": 0, "compiler_options": compiler_options(mesh)}
     if shardings is not None:
         options["in_shardings"] = (shardings.state, shardings.params, shardings.constants, shardings.batch)
         options["out_shardings"] = (shardings.state, shardings.metrics)
