@@ -34,6 +34,7 @@ from jax.sharding import Mesh, PartitionSpec
 from mor_jax.adapters import AdapterInputs, Leaves
 from mor_jax.injection import AdapterPlan, init_probes, prepare_leaves
 from mor_jax.injection.leaves import count_bytes
+from mor_jax.models.logical_axes import TABLE
 from mor_jax.training.sharding import hold_split
 
 Batch = Mapping[str, Array]
@@ -145,8 +146,9 @@ def _by_part(gradients_of: Callable[..., Any], axis: str, parts: int) -> Callabl
 
     def apart(own, probes, rows, key):
         rows = {name: value.reshape(parts, -1, *value.shape[1:]) for name, value in rows.items()}
-        within = [(name, _without(axis, axes)) for name, axes in nn.get_logical_axis_rules()]
-        with nn.logical_axis_rules(within):  # the parts' own axis is what is mapped over
+        rules = dict(nn.get_logical_axis_rules())
+        within = rules | {name: _without(axis, rules[name]) for name in rules if name not in TABLE}
+        with nn.logical_axis_rules(tuple(within.items())):  # the parts' own axis is what is mapped over
             return mapped(own, probes, rows, key)
 
     return apart

@@ -213,7 +213,7 @@ def forecast(config: TrainConfig, shape: DecoderConfig, topology: Topology) -> F
     return _accepted(compiled, params, topology, useful, common)
 
 
-def _refused(error: jax.errors.JaxRuntimeError, argument_bytes: int, common: dict[str, Any]) -> Forecast:
+def _refused(error: Exception, argument_bytes: int, common: dict[str, Any]) -> Forecast:
     """The forecast of a step whose compiler ran out of memory; raises `error` if it says anything else."""
     peak = needed_bytes(str(error), argument_bytes)
     if peak is None:
