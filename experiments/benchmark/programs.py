@@ -30,6 +30,7 @@ from mor_jax.training.losses import chunked_cross_entropy, cross_entropy
 from mor_jax.training.step import Loss, init_state, language_model_loss, make_step
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+RULE_STEPS = 1000  # of the run that rules which change with the step are made for
 LARGEST_RANK = 64  # a method whose rank would have to be larger to have LoRA's parameters keeps this one
 
 
@@ -180,7 +181,7 @@ def adapter_step(
     """
     plan = make_plan(adapter, config)
     adapted = Adapted(base=Decoder(config), plan=plan)
-    rules = plan_rules(plan, total_steps=1000)
+    rules = plan_rules(plan, total_steps=RULE_STEPS)
     optimizer = rules.wrap(optax.adamw(1e-4) if optimizer is None else optimizer)
     state, constants, _ = init_state(jax.random.key(1), adapted, params, optimizer, rules=rules)
     loss = make_loss(adapted, lambda p: head_kernel(p, config))

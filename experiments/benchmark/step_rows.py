@@ -169,6 +169,22 @@ def merged_forward(bench: Bench, methods: tuple[str, ...]) -> Iterator[dict[str,
         yield bench.compare("C14", "0.98 to 1.02", program, base)
 
 
+def remat(bench: Bench, methods: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Time and temporary memory of LoRA's step with each remat policy ÷ without; ``offload`` needs a second memory."""
+    kept = bench.program("LoRA r16", LoRA(rank=16))
+    for policy in ("dots", "full"):
+        config = bench.shape.with_model(remat=policy).model
+        program = adapter_step(LoRA(rank=16), config, bench.params, bench.batch).compile(f"LoRA r16, remat {policy}")
+        flops, traffic = (own / other for own, other in zip(program.counted, kept.counted, strict=True))
+        note = f"{flops:.2f} × the matmul FLOPs, {traffic:.2f} × the memory traffic"
+        row = bench.compare("remat", "", program, kept, note=note)
+        yield row | {"what": f"{row['what']}, remat none: time"}
+        bytes_of = program.temporary_bytes, kept.temporary_bytes
+        note = f"{bytes_of[0] / 2**20:,.0f} of {bytes_of[1] / 2**20:,.0f} MiB"
+        what = f"{row['what']}, remat none: temporary memory"
+        yield {"id": "remat", "what": what, "must": "", "figure": bytes_of[0] / bytes_of[1], "note": note}
+
+
 def bytes_held(bench: Bench, methods: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """C16: bytes of trained leaves and optimiser ÷ 12 a parameter (float32 and two moments), after a step.
 
@@ -198,4 +214,5 @@ ROWS: dict[str, Callable[[Bench, tuple[str, ...]], Iterator[dict[str, Any]]]] = 
     "C6": against_lora,
     "C14": merged_forward,
     "C16": bytes_held,
+    "remat": remat,
 }

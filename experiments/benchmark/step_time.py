@@ -1,4 +1,4 @@
-"""Speed, memory and FLOPs of a training step: the rows C1 to C16 of one table.
+"""Speed, memory and FLOPs of a training step: the rows C1 to C16 and remat of one table.
 
     python experiments/benchmark/step_time.py --output experiments/results/step_time_cpu
     python experiments/benchmark/step_time.py --rows C1,C2 --rounds 20 --output experiments/results/step_time_cpu
@@ -13,7 +13,7 @@ row takes at most about two minutes (C6 that much for every five methods).
 Row: C1 LoRA ÷ floor. C2 LoRA ÷ full fine-tuning. C3 FLOPs. C4 dense mixtures ÷ LoRA of the same total rank. C6 methods
 ÷ LoRA. C7 chunked ÷ naive cross-entropy. C8 compiling 32 layers ÷ 4. C9 first step with a warm cache ÷ cold. C10
 programs compiled after step one. C11 real batches ÷ a constant one. C12 packed ÷ padded. C13 saving ÷ not. C14 merged ÷
-base. C15 ours ÷ PEFT on torch. C16 bytes.
+base. C15 ours ÷ PEFT on torch. C16 bytes. remat: its policies ÷ none.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from torch_rows import against_peft
 
 from mor_jax.adapters import METHODS
 
-ALL = ("C1", "C2", "C3", "C4", "C6", "C7", "C8", "C9", "C10", "C11", "C12", "C13", "C14", "C15", "C16")
+ALL = ("C1", "C2", "C3", "C4", "C6", "C7", "C8", "C9", "C10", "C11", "C12", "C13", "C14", "C15", "C16", "remat")
 # Variables that pin the kernels of a BLAS or of torch to those of an old processor would slow one side of C15 only.
 PINS = (
     "OPENBLAS_CORETYPE",

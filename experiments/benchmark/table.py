@@ -7,6 +7,7 @@ each carries the command, machine and versions that made it. A row without a fig
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -64,7 +65,7 @@ def read_rows(output: Path) -> list[dict[str, Any]]:
 
 
 def merge_rows(old: Iterable[dict[str, Any]], new: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All of ``new``, and of ``old`` what was not measured again, in the order of the ids (C2, C10; G1, G1b, G2).
+    """All of ``new``, and of ``old`` what was not measured again, in the order of the ids (C2, C10, remat; G1, G1b).
 
     A row that is measured again keeps its place among those of its id.
     """
@@ -72,9 +73,9 @@ def merge_rows(old: Iterable[dict[str, Any]], new: Iterable[dict[str, Any]]) -> 
     return sorted(rows.values(), key=lambda row: _id_order(row["id"]))
 
 
-def _id_order(name: str) -> tuple[int, str]:
-    number = re.sub(r"\D", "", name)
-    return int(number), name.rpartition(number)[2]
+def _id_order(name: str) -> tuple[float, str]:
+    number = re.search(r"\d+", name)
+    return (int(number[0]), name[number.end() :]) if number else (math.inf, name)
 
 
 def is_met(row: dict[str, Any]) -> bool | None:
@@ -115,10 +116,29 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
         own = [row for row in rows if row["command"] == command]
         ids = ", ".join(dict.fromkeys(row["id"] for row in own))
         lines += ["", f"{ids}: `{command}`"]
-        for machine in dict.fromkeys(json.dumps(row["machine"]) for row in own if row["machine"]):
-            about = ", ".join(f"{name} {value}" for name, value in json.loads(machine).items())
-            lines += ["", f"on {about}"]
+        for machine in machine_lines(row["machine"] for row in own if row["machine"]):
+            lines += ["", f"on {machine}"]
     return "\n".join(lines) + "\n"
+
+
+def machine_lines(machines: Iterable[dict[str, Any]]) -> list[str]:
+    """A line for each machine and set of versions, with the range of loads that it was under."""
+    loads: dict[str, list[float]] = {}
+    for machine in machines:
+        own = loads.setdefault(json.dumps(machine | {"load": None}), [])
+        own += [machine["load"]] if "load" in machine else []
+    lines = []
+    for machine, own in loads.items():
+        told = json.loads(machine) | {"load": _range(own)}
+        lines.append(", ".join(f"{name} {value}" for name, value in told.items() if value is not None))
+    return lines
+
+
+def _range(values: list[float]) -> str | None:
+    if not values:
+        return None
+    low, high = min(values), max(values)
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def write_table(rows: list[dict[str, Any]], output: Path) -> None:

@@ -35,9 +35,10 @@ from mor_jax.adapters import AdapterInputs, Leaves
 from mor_jax.injection import AdapterPlan, init_probes, prepare_leaves
 from mor_jax.injection.leaves import count_bytes
 from mor_jax.models.logical_axes import TABLE
+from mor_jax.training.sharding import hold_split
 
 Batch = Mapping[str, Array]
-LARGEST_SUM = 2**28  # bytes of a gradient that each device of `fsdp` may hold whole: with its sum 3 % of a 16 GiB chip
+LARGEST_SUM = 2**29  # bytes of a gradient that each device of `fsdp` may hold whole; MoR on all maps of an 8B is 4e8
 
 
 def partial_sum_axis(plan: AdapterPlan, accumulate: int, mesh: Mesh | None, trained: Any) -> str | None:
@@ -85,7 +86,7 @@ def sum_micro_batches(
       base: what adapters know beside the batch.
       key: of the step.
     """
-    own, pullback, micro_loss = _prepared(plan, loss, leaves, params, base)
+    own, pullback, micro_loss = _prepared(plan, mesh, loss, leaves, params, base)
     probes = init_probes(plan, base.num_tasks)
     gradients_of = jax.value_and_grad(micro_loss, argnums=(0, 1), has_aux=True)
     zero = jnp.zeros((), jnp.float32)
@@ -112,16 +113,19 @@ def sum_micro_batches(
     return total, tokens, pullback(gradient)[0], statistics
 
 
-def _prepared(plan, loss, leaves, params, base):
+def _prepared(plan, mesh, loss, leaves, params, base):
     """(trained leaves as prepared for a step, the way back to the adapters, loss of them and a micro-batch)."""
     frozen = {id(leaf) for leaf in jax.tree.leaves((leaves.state, leaves.constants))}
     structure: list[Any] = []
 
     def prepare(adapters):
+        stored = {id(leaf) for leaf in jax.tree.leaves(adapters)}
         prepared, treedef = jax.tree.flatten(prepare_leaves(plan, leaves._replace(params=adapters), params))
         trained = [id(leaf) not in frozen and jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in prepared]
         structure[:] = [treedef, trained]
         own = [leaf for leaf, is_trained in zip(prepared, trained, strict=True) if is_trained]
+        if mesh is not None:
+            own = [leaf if id(leaf) in stored else hold_split(leaf, mesh) for leaf in own]
         return own, [leaf for leaf, is_trained in zip(prepared, trained, strict=True) if not is_trained]
 
     own, pullback, others = jax.vjp(prepare, leaves.params, has_aux=True)

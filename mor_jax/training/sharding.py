@@ -201,6 +201,18 @@ def spread(spec: PartitionSpec, leaf: Any, mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*parts)
 
 
+def hold_split(leaf: jax.Array, mesh: Mesh) -> jax.Array:
+    """What a step computes once from adapters, and so its gradient, split over `fsdp` where it is large.
+
+    Without it a compiler keeps such a leaf of all layers whole on each device. Other axes are left to the compiler.
+    """
+    spec = spread(PartitionSpec(), leaf, mesh)
+    if not any(spec):
+        return leaf
+    free = (PartitionSpec.UNCONSTRAINED if part is None else part for part in spec)
+    return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(*free)))
+
+
 def shardings_of(specs: Any, mesh: Mesh) -> Any:
     """The `NamedSharding`s on `mesh` of a pytree of `PartitionSpec`s."""
     return jax.tree.map(

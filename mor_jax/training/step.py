@@ -29,6 +29,7 @@ from mor_jax.models import HeadKernel
 from mor_jax.models.logical_axes import RESIDUAL, split_ways
 from mor_jax.optim import Rules, mean_penalty
 from mor_jax.training.accumulation import sum_micro_batches
+from mor_jax.training.backend import compiler_options
 from mor_jax.training.losses import chunked_cross_entropy, cross_entropy
 from mor_jax.training.mesh import batch_sharding, replicated
 from mor_jax.training.sharding import on_mesh, shardings_of, spread
@@ -81,9 +82,9 @@ def language_model_loss(
 
     Args:
       adapted: around a decoder with arguments (input_ids, positions, segment_ids, output=).
-      head: params -> the frozen head: the loss then runs over chunks of tokens. None takes whole logits, as a
+      head: params -> the frozen head: the loss then holds a chunk of logits at a time. None takes whole logits, as a
         head that is itself trained or adapted needs.
-      chunk: tokens whose logits are alive at a time on each device.
+      chunk: tokens whose logits may be alive at a time on each device.
       softcap: of the logits, or None.
 
     Returns:
@@ -276,7 +277,7 @@ def make_step(
     tx = optax.with_extra_args_support(optimizer)
     mesh = None if shardings is None else shardings.batch.mesh
     step = _one_step(plan, tx, rules, partial(sum_micro_batches, plan, accumulate, mesh, loss), num_tasks)
-    options: dict[str, Any] = {"donate_argnums": 0}
+    options: dict[str, Any] = {"donate_argnums": 0, "compiler_options": compiler_options(mesh)}
     if shardings is not None:
         options["in_shardings"] = (shardings.state, shardings.params, shardings.constants, shardings.batch)
         options["out_shardings"] = (shardings.state, shardings.metrics)

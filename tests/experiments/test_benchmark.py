@@ -52,6 +52,31 @@ def test_trained_bytes_are_twelve_a_parameter(bench):
     assert row["figure"] == pytest.approx(1.0)
 
 
+def test_remat_needs_less_memory_and_more_products(bench):
+    from step_rows import remat
+
+    rows = list(remat(bench, ()))
+    assert [" ".join(own["what"].split()[2:4]) for own in rows] == ["remat dots"] * 2 + ["remat full"] * 2
+    dots, full = (float(own["note"].split()[0]) for own in rows[::2])
+    assert 1 <= dots < full
+    assert rows[3]["figure"] < 1
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers by an old name
+@pytest.mark.parametrize("method", ["vera", "adalora"])
+def test_steps_have_the_losses_of_peft(bench, method):
+    """Row C15: five steps of a whole model, the penalty and PEFT's own update of the ranks included."""
+    pytest.importorskip("peft", reason="peft is not installed; it is in the extra 'oracle'")
+    from torch_rows import CHECKED_STEPS, METHODS, both_programs, total_loss
+
+    (adapter,) = (adapter for adapter in METHODS if adapter.name == method)
+    ours, theirs = both_programs(adapter, bench.shape, bench.params, bench.batch)
+    losses = np.array([(total_loss(ours.run()), theirs.run()) for _ in range(CHECKED_STEPS)])
+    np.testing.assert_allclose(losses[:, 0], losses[:, 1], rtol=0, atol=1e-5)
+    assert losses[-1, 0] < losses[0, 0] - 2e-4  # twenty times what they may be apart
+
+
 def test_methods_are_sized_like_lora(bench):
     """MoR gets the rank whose parameters are nearest to those of LoRA; ranks beside it are further off."""
     from programs import LINEARS, make_plan, sized_adapter
@@ -101,6 +126,27 @@ def test_table_keeps_rows_that_are_not_measured_again(tmp_path):
     assert "| C10 | compiled | 0.000 |  | <= 0 | yes |  |" in text
     assert "C2, C10: `first`" in text
     assert "C1: `second`" in text
+
+
+def test_table_tells_each_machine_of_a_command_once_with_its_loads():
+    from table import to_markdown
+
+    rows = [row("C1", 1.2), row("C2", 0.9), row("C3", 1.0), row("remat", 1.0), row("C4", 1.0, command="second")]
+    machines = [{"cores": 2, "load": 3.1, "jax": "1"}, {"cores": 2, "load": 0.4, "jax": "1"}]
+    machines += [{"cores": 1, "load": 2.0, "jax": "1"}, {"cores": 1, "load": 2.0, "jax": "1"}, machines[0]]
+    text = to_markdown([own | {"machine": machine} for own, machine in zip(rows, machines, strict=True)])
+    assert [line for line in text.splitlines() if line.startswith("on ")] == [
+        "on cores 2, load 0.4 to 3.1, jax 1",
+        "on cores 1, load 2.0, jax 1",
+        "on cores 2, load 3.1, jax 1",
+    ]
+
+
+def test_rows_without_a_number_come_last():
+    from table import merge_rows
+
+    names = [own["id"] for own in merge_rows([row("remat", 1.0), row("C10", 0.0)], [row("C2", 0.9)])]
+    assert names == ["C2", "C10", "remat"]
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from mor_jax.training.losses import chunked_cross_entropy, cross_entropy
+from mor_jax.training.losses import chunked_cross_entropy, cross_entropy, vocabulary_block
+from mor_jax.training.mesh import make_mesh
 
 
 def _case(batch=3, length=13, width=7, vocab=19):
@@ -84,3 +87,80 @@ def test_bfloat16_hidden_keeps_its_dtype():
     )
     assert loss.dtype == jnp.float32
     assert gradient.dtype == jnp.bfloat16
+
+
+@given(
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 5), st.integers(1, 23)),
+    block=st.integers(1, 24),
+    softcap=st.sampled_from([None, 3.0]),
+    vocabulary_axis=st.sampled_from([0, 1]),
+    dtype=st.sampled_from([jnp.float32, jnp.float32, jnp.bfloat16]),
+    without_gradient=st.booleans(),
+)
+def test_blocks_of_the_vocabulary_equal_the_float64_oracle(
+    sizes, block, softcap, vocabulary_axis, dtype, without_gradient
+):
+    hidden, head, targets, mask = _case(*sizes)
+    rounded, weights = hidden.astype(dtype), head.astype(dtype)
+    hidden = jnp.where(mask[..., None] > 0, rounded, jnp.nan)  # what is masked must not matter
+    stored = weights.T if vocabulary_axis == 0 else weights
+
+    @jax.jit
+    def loss(h):
+        return chunked_cross_entropy(h, stored, targets, mask, 1, softcap, vocabulary_axis, block)[0]
+
+    expected, expected_gradient = _oracle(rounded, weights, np.asarray(targets), np.asarray(mask), softcap)
+    coarse = dtype == jnp.bfloat16
+    if without_gradient:
+        np.testing.assert_allclose(loss(hidden), expected, rtol=1e-5, atol=1e-5)
+        return
+    value, gradient = jax.value_and_grad(loss)(hidden)
+    np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
+    assert gradient.dtype == dtype
+    largest = max(1.0, float(np.abs(expected_gradient).max()))
+    atol = (0.02 if coarse else 1e-5) * largest
+    np.testing.assert_allclose(np.asarray(gradient, np.float64), expected_gradient, atol=atol)
+    assert not np.any(np.asarray(gradient, np.float64)[np.asarray(mask) == 0])
+
+
+@pytest.mark.parametrize("block", [0, 8])
+def test_the_gradient_of_a_sure_target_is_no_difference_of_two_roundings(block):
+    """In bfloat16, p(target) = 0.998 rounds to a half more or less of what is left of 1."""
+    hidden, head, targets, _ = _case(batch=1, length=5, width=32)
+    hidden = jnp.asarray(7.0 * head[:, targets[0]].T / jnp.sum(head[:, targets[0]] ** 2, axis=0)[:, None])[None]
+    hidden, head = hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16)
+    mask = jnp.ones(targets.shape)
+    gradient = jax.grad(lambda h: chunked_cross_entropy(h, head, targets, mask, block=block)[0])(hidden)
+    _, expected = _oracle(hidden, head, np.asarray(targets), np.asarray(mask))
+    assert np.abs(expected).max() < 0.5
+    off = np.linalg.norm(np.asarray(gradient, np.float64) - expected, axis=-1)
+    assert np.all(off < 0.01 * np.linalg.norm(expected, axis=-1))
+
+
+@pytest.mark.parametrize("vocabulary_axis", [0, 1])
+def test_blocks_need_neither_whole_logits_nor_another_head(vocabulary_axis):
+    hidden, head, targets, mask = _case(batch=2, length=64, width=64, vocab=8195)
+    stored = head.T if vocabulary_axis == 0 else head
+    loss = jax.grad(lambda h, w: chunked_cross_entropy(h, w, targets, mask, 128, None, vocabulary_axis, 1024)[0])
+    compiled = jax.jit(loss).lower(hidden, stored).compile()
+    text = compiled.as_text()
+    other = "[8195,64]" if vocabulary_axis else "[64,8195]"
+    assert not any(shape in text for shape in ("[2,64,8195]", "[128,8195]", other))
+    assert compiled.memory_analysis().temp_size_in_bytes < head.nbytes
+
+
+@given(tokens=st.integers(1, 10**6), vocabulary=st.integers(1, 300_000), chunk=st.integers(1, 10**4))
+def test_blocks_chosen_hold_no_more_than_a_chunk_of_logits(tokens, vocabulary, chunk):
+    block = vocabulary_block(tokens, vocabulary, chunk)
+    assert block % 128 == 0
+    assert tokens * block <= chunk * vocabulary
+    assert block < vocabulary
+
+
+def test_blocks_are_chosen_by_shape():
+    assert vocabulary_block(1024, 131_072, 256) == 4096
+    assert vocabulary_block(8192, 32_000, 1024) == 3584  # nine blocks, nearly even
+    assert vocabulary_block(1024, 4096, 1024) == 0  # one block
+    assert vocabulary_block(131_072, 131_072, 1024) == 0  # more tokens than blocks can hold
+    with jax.sharding.use_abstract_mesh(make_mesh("fsdp=8").abstract_mesh):
+        assert vocabulary_block(1024, 131_072, 256) == 0

@@ -156,6 +156,18 @@ def test_weights_are_gathered_and_activations_stay(layout):
     )
 
 
+def test_what_is_computed_from_factors_once_a_step_is_split_like_a_factor():
+    """MoR's b, repeated for each expert, is the largest array of a step that no rule of a stored one reaches."""
+    config = dataclasses.replace(CONFIG, num_layers=2, hidden_size=64, intermediate_size=256, sliding_window=None)
+    adapted = tiny.adapted_decoder("mor", config, targets=("up_proj",), rank=4, num_experts=8)
+    mesh, params = make_mesh("fsdp=8"), tiny.params_of(config)
+    specs = param_specs(params, mesh, smallest=1, axes=logical_axes(params))
+    step, state, params = tiny.setup(adapted, optax.sgd(1.0), mesh=mesh, specs=specs, config=config)
+    text = step.lower(state, params, tiny.packed_batch()).compile().as_text()
+    assert "f32[2,32,32]" in text  # (layers, N r, out / 8)
+    assert "f32[2,32,256]" not in text
+
+
 @pytest.mark.parametrize("layout", ["fsdp=4,tensor=2", "fsdp=2,sequence=2,tensor=2", "data=2,fsdp=2,tensor=2"])
 def test_the_embedding_table_is_read_in_parts(layout):
     """By the device that has a part, for all that share it; no device gets more of the table, nor all rows."""
