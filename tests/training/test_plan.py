@@ -104,7 +104,7 @@ def test_the_planned_memory_is_that_of_the_step_that_ran(run, trained):
 
 
 def test_adapters_send_factors_and_gradients_but_no_activations(run):
-    """Only activations have an axis of the row's length (ids too), and only the table look-up of the base may send them.
+    """Only activations have an axis of the row's length (or ids), and only the table look-up of the base may send them.
 
     Without a `sequence` axis, whose attention gathers keys and values.
     """
