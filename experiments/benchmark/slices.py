@@ -29,16 +29,22 @@ import slice_targets
 
 from mor_jax.training.topology import load_topology, prepare_environment
 
+REMATS = ("none", "dots", "offload", "full")
 RESULTS = Path(__file__).parents[1] / "results"
 GIB = 2**30
 
 
+METHODS = ("mor", "lora")
+
+
 class Case(NamedTuple):
-    """A model on a slice, and the rows of a step over all its chips."""
+    """A model on a slice, the rows of a step over all its chips, what is recomputed, and the methods compared."""
 
     model: str
     topology: str
     rows: int
+    remat: str = "full"
+    methods: tuple[str, ...] = METHODS
 
 
 CASES = {
@@ -47,32 +53,32 @@ CASES = {
     "70b": Case("Llama-3.1-70B", "v5e:16x16", 256),
     "70b-v5p": Case("Llama-3.1-70B", "v5p:4x4x4", 256),
     "405b": Case("Llama-3.1-405B", "v5p:8x8x8", 1024),
+    **{f"8b-{remat}": Case("Llama-3.1-8B", "v5e:4x4", 16, remat, ("mor",)) for remat in REMATS},
 }
-METHODS = ("mor", "lora")
 LENGTH = 4096
-NOTE = f"""Rows of {LENGTH} tokens, bfloat16 base, full rematerialisation, all linear maps adapted with the methods'
-defaults, base over `fsdp`. Memory is the compiler's. Step times are roofline estimates, not measurements: the highest
-of three roofs. Attention is the splash kernel, whose operations are counted as if it skipped no block. The compiler's
-seconds are of one core; the share of the base is that of adapters, their gradients and moments over all chips."""
+NOTE = f"""Rows of {LENGTH} tokens, bfloat16 base over `fsdp`, all linear maps adapted by the methods' defaults. Memory
+is the compiler's. Step times are roofline estimates, not measurements: the highest of three roofs. Attention is the
+splash kernel, whose operations are counted as if it skipped no block. The compiler's seconds are of one core; the share
+of the base is that of adapters, their gradients and moments over all chips."""
 
 
 def plan_words(case: str, method: str) -> str:
     """The command that plans the row."""
-    model, topology, rows = CASES[case]
-    words = f"--topology {topology} --batch-size {rows} --sequence-length {LENGTH} --remat full"
+    model, topology, rows, remat, _ = CASES[case]
+    words = f"--topology {topology} --batch-size {rows} --sequence-length {LENGTH} --remat {remat}"
     return f"mor plan {model} --method {method} {words}"
 
 
 def measure(case: str, method: str) -> dict:
     """One row; run in a process of its own, since a slice is chosen before jax starts."""
-    model, topology, rows = CASES[case]
+    model, topology, rows, remat, _ = CASES[case]
     prepare_environment(topology)
     from mor_jax.models import known_config
     from mor_jax.training.config import TrainConfig
     from mor_jax.training.mesh import make_mesh
     from mor_jax.training.plan import forecast, lay_out
 
-    config = TrainConfig(method=method, batch_size=rows, sequence_length=LENGTH, remat="full", dtype="bfloat16")
+    config = TrainConfig(method=method, batch_size=rows, sequence_length=LENGTH, remat=remat, dtype="bfloat16")
     shape = dataclasses.replace(known_config(model), dtype="bfloat16", param_dtype="bfloat16")
     chips = load_topology(topology)
     run = lay_out(config, shape, make_mesh("fsdp=-1", chips.devices))
@@ -98,6 +104,7 @@ def table(rows: list[dict]) -> str:
         "slice",
         "method",
         "rows a chip",
+        "remat",
         "peak, GiB",
         "of",
         "arguments",
@@ -110,10 +117,10 @@ def table(rows: list[dict]) -> str:
     )
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     known = {(row["case"], row["method"]): row for row in rows}
-    for case, (model, topology, count) in CASES.items():
-        for method in METHODS:
+    for case, (model, topology, count, remat, methods) in CASES.items():
+        for method in methods:
             ways = count / math.prod(map(int, topology.split(":")[1].split("x")))
-            start = [model, topology, method, f"{ways:g}"]
+            start = [model, topology, method, f"{ways:g}", remat]
             cells = _cells(known[case, method]) if (case, method) in known else ["not yet run"] + [""] * 8
             lines.append("| " + " | ".join([*start, *cells]) + " |")
     return "\n".join(lines)
@@ -162,7 +169,7 @@ def main() -> None:
     path = RESULTS / "slices.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     for case in filter(None, args.cases.split(",")):
-        for method in args.methods.split(","):
+        for method in (name for name in CASES[case].methods if name in args.methods.split(",")):
             command = [sys.executable, __file__, "--row", case, method]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             rows = [row for row in rows if (row["case"], row["method"]) != (case, method)]

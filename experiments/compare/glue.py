@@ -27,9 +27,9 @@ from mor_jax.cli.options import EvalOptions
 from mor_jax.training.config import TrainConfig
 from mor_jax.training.loop import train
 
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 1e-3
 SEEDS = (0, 1, 2)
-SETTINGS: Mapping[str, Any] = {"objective": "classification", "steps": 80, "batch_size": 8, "warmup_steps": 8}
+SETTINGS: Mapping[str, Any] = {"objective": "classification", "steps": 300, "batch_size": 8, "warmup_steps": 30}
 TASKS: Mapping[str, dict[str, Any]] = {
     "sst2": {"sequence_length": 48, "files": ("sst2/train.jsonl", "sst2/test.jsonl")},
     "mrpc": {"sequence_length": 80, "files": ("mrpc/train.jsonl", "mrpc/test.jsonl")},

@@ -20,7 +20,6 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site
@@ -70,14 +69,12 @@ class CutBudget(Event):
         return int((initial - target) * (1 - (step - self.start) / (self.end - self.start)) ** 3 + target)
 
     def apply(self, call: EventCall) -> EventResult:
-        """E is 0 outside the budget; at ``end`` the mask is too."""
+        """Writes 0 to each e outside the budget, and at ``end`` to its mask."""
         scores = stack_sites({path: self._scores(call, path) for path in call.leaves})
         count = len(scores)
-        table = np.array(
-            [self.budget(number * self.interval, count) for number in range(self.end // self.interval + 1)]
-        )
+        budgets = [self.budget(step, count) for step in range(0, self.end + 1, self.interval)]
         final = call.step >= self.end
-        budget = jnp.where(final, self.rank * count, jnp.asarray(table, jnp.int32)[call.step // self.interval])
+        budget = jnp.where(final, self.rank * count, jnp.array(budgets, jnp.int32)[call.step // self.interval])
         place = jnp.argsort(jnp.argsort(-scores.ravel())).reshape(scores.shape)
         leaves = {}
         for path, keep in split_sites(place < budget, call.leaves).items():
@@ -100,6 +97,7 @@ class AdaLoRA(DiagonalLoRA):
     name: ClassVar[str] = "adalora"
     title: ClassVar[str] = "AdaLoRA"
     paper: ClassVar[str] = "2303.10512"
+    rule_name: ClassVar[str] = "budget"
     trained_weight: ClassVar[str] = "e"
 
     rank: int = 8  # mean rank at the end
@@ -121,11 +119,6 @@ class AdaLoRA(DiagonalLoRA):
             raise ValueError(f"AdaLoRA.decay must be in [0, 1) and orthogonality_weight not negative, got {self}")
         if min(self.start_fraction, self.final_fraction) < 0 or self.start_fraction + self.final_fraction >= 1:
             raise ValueError(f"AdaLoRA.start_fraction and final_fraction must leave room for the cuts, got {self}")
-
-    @property
-    def rule(self) -> str:
-        """In a word."""
-        return "budget"
 
     @property
     def width(self) -> int:

@@ -24,32 +24,6 @@ class NotMergeable(ValueError):
     """A method has no exact merge for what was asked; the message names what to do instead."""
 
 
-def kaiming_uniform(key: Array, fan_in: int, shape: tuple[int, ...]) -> Array:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), float32: Kaiming's uniform with a = sqrt(5)."""
-    bound = fan_in**-0.5
-    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-
-
-@jax.custom_vjp
-def expand(z: Array, b: Array) -> Array:
-    """``z @ b`` for a narrow z: (..., r) and b: (r, out), as (..., out) in their dtype.
-
-    The gradient of b is ``z.T @ g``. jax's own rule forms ``(g.T @ z).T``, for which XLA on CPU writes out the
-    transpose of the wide cotangent g: an eighth of a LoRA step at width 512.
-    """
-    return jnp.matmul(z, b)
-
-
-def _expand_backward(kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    z, b = kept
-    tokens = tuple(range(z.ndim - 1))
-    by_z = jax.lax.dot_general(g, b, (((g.ndim - 1,), (1,)), ((), ())))
-    return by_z, jax.lax.dot_general(z, g, ((tokens, tokens), ((), ())))
-
-
-expand.defvjp(lambda z, b: (jnp.matmul(z, b), (z, b)), _expand_backward)
-
-
 @dataclass(frozen=True)
 class Site:
     """One linear map of a model, known statically.
@@ -152,6 +126,7 @@ class AdapterInputs:
         rank: The drawn rank (DyLoRA).
         noise_step: The optimiser step that noise is drawn for (HaLoRA).
         chain: What earlier layers left for this one (ResLoRA); injection sets it, for one site at a time.
+        clean_x: x before dropout, (..., in), where a site's x went through it; injection sets it likewise.
         key: Root key of this micro-batch; a site's own key is ``fold_in(key, site id)``.
         auxiliary_scale: Balance losses enter the gradient times this; None switches them off.
         deterministic: False while training with dropout.
@@ -166,6 +141,7 @@ class AdapterInputs:
     rank: Array | None = None
     noise_step: Array | None = None
     chain: Any = None
+    clean_x: Array | None = None
     key: Array | None = None
     auxiliary_scale: Array | None = None
     deterministic: bool = field(default=True, metadata={"static": True})
@@ -174,13 +150,14 @@ class AdapterInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """A fine-tuning method. Subclasses are final and define ``init``, ``delta``, ``num_params`` and ``merge``."""
+    """A fine-tuning method. A final class defines ``init``, ``delta``, ``num_params`` and ``factors`` or ``merge``."""
 
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     starts_at_zero: ClassVar[bool] = True
     gate_lifetime: ClassVar[str] = "token"
+    rule_name: ClassVar[str] = ""  # of a method whose rule no option switches off
     optional_rule: ClassVar[str] = ""  # what `rule` becomes, and with which option, where it is off by default
 
     dropout: float = 0.0  # probability of dropping an entry of x before the factors, while training
@@ -195,6 +172,12 @@ class Adapter:
         for name in names:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{type(self).__name__}.{name} must be positive, got {getattr(self, name)}")
+
+    def require_not_negative(self, *names: str) -> None:
+        """Raises ValueError naming the first of the fields ``names`` that is negative."""
+        for name in names:
+            if getattr(self, name) < 0:
+                raise ValueError(f"{type(self).__name__}.{name} must not be negative, got {getattr(self, name)}")
 
     def require_choice(self, name: str, *allowed: str) -> None:
         """Raises ValueError unless the field ``name`` is one of ``allowed``."""
@@ -240,7 +223,7 @@ class Adapter:
     @property
     def rule(self) -> str:
         """One word for what happens while training beside the optimiser; "" for nothing."""
-        return ""
+        return self.rule_name
 
     def init(self, key: Array, site: Site, layer: Array, kernel: Kernel) -> Leaves:
         """Leaves of one layer, params float32. ``layer`` is an int32 scalar and may be traced."""
@@ -277,13 +260,7 @@ class Adapter:
         raise TypeError(f"{type(self).__name__} hands nothing on")
 
     def delta(
-        self,
-        leaves: Leaves,
-        x: Array,
-        base_output: Array,
-        kernel: Kernel,
-        gates: Array | None,
-        inputs: AdapterInputs,
+        self, leaves: Leaves, x: Array, base_output: Array, kernel: Kernel, gates: Array | None, inputs: AdapterInputs
     ) -> Array | tuple[Array, Any]:
         """The change of the output, (..., out) in the dtype of ``base_output``; with ``inputs.chain``, (change, chain).
 
@@ -309,13 +286,24 @@ class Adapter:
         """Trained parameters of a site over all its layers, gates at blocks apart."""
         raise TypeError(f"{type(self).__name__} must define num_params")
 
+    def factors(self, leaves: Leaves, kernel: Kernel) -> tuple[Array, Array] | None:
+        """(in, k) and (k, out), float32, whose product is the whole change of the kernel, scale included.
+
+        None where no two constant thin factors are all that the method does. Formats that know LoRA alone hold those
+        that are.
+        """
+        return None
+
     def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
-        """The kernel with the adapter folded in, in the kernel's layout and dtype.
+        """The kernel with the adapter folded in, in the kernel's layout and dtype: plus ``factors``, where it has any.
 
         Raises:
             NotMergeable: if the gate depends on the input and ``gates: (N,)`` is not given.
         """
-        raise TypeError(f"{type(self).__name__} must define merge")
+        pair = self.factors(leaves, kernel)
+        if pair is None:
+            raise TypeError(f"{type(self).__name__} must define merge, or factors")
+        return kernel.replace(kernel.dense() + pair[0] @ pair[1])
 
     def padded_params(self, site: Site) -> int:
         """Entries of the trained leaves, with the ranks that only fill up a static shape."""
@@ -381,7 +369,8 @@ class Adapter:
     def statistics(self, leaves: Leaves, x: Array, gates: Array | None, inputs: AdapterInputs) -> dict[str, Array]:
         """Sums over the tokens of this call, float32, none 0-d; they leave the model by probe leaves.
 
-        A method with a gate gets what ``gate`` gets; one without (``gates`` is None) gets x itself, (..., in).
+        A method with a gate gets what ``gate`` gets; one without (``gates`` is None) gets x itself, (..., in), before
+        any dropout.
         """
         return {}
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site
-from mor_jax.adapters.diagonal import DiagonalLoRA
+from mor_jax.adapters.diagonal import DiagonalLoRA, along_ranks
 from mor_jax.adapters.low_rank import start_factors
 from mor_jax.adapters.rules import Event, EventCall, EventResult, SiteArrays, SiteLeaves, split_sites, stack_sites
 
@@ -58,10 +58,8 @@ def pair_ranks(key: Array, weights: Array, count: Array) -> tuple[Array, Array]:
 
 def copy_ranks(leaf: str, value: Array, source: Array, old: Array) -> Array:
     """a: (layers, in, rank) or b: (layers, rank, out) with the ranks that have a source copied from ``old``."""
-    copied = source != jnp.arange(source.shape[1])
-    if leaf == "a":
-        return jnp.where(copied[:, None, :], jnp.take_along_axis(old, source[:, None, :], 2), value)
-    return jnp.where(copied[:, :, None], jnp.take_along_axis(old, source[:, :, None], 1), value)
+    copied = along_ranks(leaf, source != jnp.arange(source.shape[1]))
+    return jnp.where(copied, jnp.take_along_axis(old, along_ranks(leaf, source), -1 if leaf == "a" else -2), value)
 
 
 @dataclass(frozen=True)
@@ -126,6 +124,7 @@ class BeamLoRA(DiagonalLoRA):
     name: ClassVar[str] = "beamlora"
     title: ClassVar[str] = "BeamLoRA"
     paper: ClassVar[str] = "2502.13604"
+    rule_name: ClassVar[str] = "expansion"
     trained_weight: ClassVar[str] = "gamma"
 
     alpha: float = 16.0  # numerator of the scale s = alpha / rank
@@ -143,11 +142,6 @@ class BeamLoRA(DiagonalLoRA):
         for name in ("first_share", "end_fraction"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"BeamLoRA.{name} must be in (0, 1], got {getattr(self, name)}")
-
-    @property
-    def rule(self) -> str:
-        """In a word."""
-        return "expansion"
 
     def init(self, key: Array, site: Site, layer: Array, kernel: Kernel) -> Leaves:
         """{"a": (in, rank) uniform, "b": (rank, out) zero, "gamma": (rank,) zero}, float32."""

@@ -7,7 +7,13 @@ from typing import ClassVar
 
 from jax import Array
 
-from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, Site, expand
+from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, Site
+from mor_jax.adapters.low_rank import expand
+
+
+def along_ranks(leaf: str, values: Array) -> Array:
+    """(..., rank) as it broadcasts to the leaf a: (..., in, rank) or b: (..., rank, out)."""
+    return values[..., None, :] if leaf == "a" else values[..., :, None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +43,7 @@ class DiagonalLoRA(Adapter):
         return leaves.params["a"]
 
     def delta(
-        self,
-        leaves: Leaves,
-        x: Array,
-        base_output: Array,
-        kernel: Kernel,
-        gates: Array | None,
-        inputs: AdapterInputs,
+        self, leaves: Leaves, x: Array, base_output: Array, kernel: Kernel, gates: Array | None, inputs: AdapterInputs
     ) -> Array:
         """(x a) (w * b) for x a: (..., width), as (..., out); w * b is formed in float32 and rounded once."""
         dtype = base_output.dtype
@@ -51,13 +51,16 @@ class DiagonalLoRA(Adapter):
         return expand(x.astype(dtype), weighted.astype(dtype))
 
     def num_params(self, site: Site) -> int:
+        """All of them, for methods whose layers have equal ranks."""
+        return self.padded_params(site)
+
+    def padded_params(self, site: Site) -> int:
         """width (in + out) a layer, and width more where w is trained."""
         return site.num_layers * self.width * (site.in_features + site.out_features + bool(self.trained_weight))
 
-    def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
-        """W + a (w * b), exactly."""
-        weighted = self.rank_weights(leaves, AdapterInputs())[:, None] * leaves.params["b"]
-        return kernel.replace(kernel.dense() + leaves.params["a"] @ weighted)
+    def factors(self, leaves: Leaves, kernel: Kernel) -> tuple[Array, Array]:
+        """(a, w * b), so that merging is exact."""
+        return leaves.params["a"], self.rank_weights(leaves, AdapterInputs())[:, None] * leaves.params["b"]
 
     def logical_axes(self, site: Site) -> dict[str, tuple[str | None, ...]]:
         """a follows the kernel's inputs, b its outputs."""

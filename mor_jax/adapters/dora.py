@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site, expand
-from mor_jax.adapters.low_rank import LowRank, start_factors
+from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site
+from mor_jax.adapters.low_rank import LowRank, expand, start_factors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +46,7 @@ class DoRA(LowRank):
         return leaves._replace(constants={**leaves.constants, "norm": norm})
 
     def delta(
-        self,
-        leaves: Leaves,
-        x: Array,
-        base_output: Array,
-        kernel: Kernel,
-        gates: Array | None,
-        inputs: AdapterInputs,
+        self, leaves: Leaves, x: Array, base_output: Array, kernel: Kernel, gates: Array | None, inputs: AdapterInputs
     ) -> Array:
         """(m / norm - 1) * base_output + (m / norm) * s (x a) b for x a: (..., rank), as (..., out)."""
         leaves = self.prepare(leaves, kernel)

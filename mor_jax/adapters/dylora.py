@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, Site
-from mor_jax.adapters.diagonal import DiagonalLoRA
+from mor_jax.adapters.diagonal import DiagonalLoRA, along_ranks
 from mor_jax.adapters.lora import LoRA
 from mor_jax.adapters.low_rank import start_factors
 from mor_jax.adapters.rules import UpdateTransform
@@ -42,7 +42,7 @@ class DrawnRanksOnly(UpdateTransform):
         drawn = jnp.minimum(scalars["rank"], size)
         index = jnp.arange(1, size + 1)
         learns = index <= drawn if self.prefix else index == drawn
-        return jnp.where(learns if leaf == "a" else learns[:, None], value, jnp.zeros_like(value))
+        return jnp.where(along_ranks(leaf, learns), value, jnp.zeros_like(value))
 
     def gradient(self, leaf: str, gradient: Array, scalars: Mapping[str, Array]) -> Array:
         """The gradient of the ranks that learn, 0 elsewhere."""
@@ -60,6 +60,7 @@ class DyLoRA(DiagonalLoRA):
     name: ClassVar[str] = "dylora"
     title: ClassVar[str] = "DyLoRA"
     paper: ClassVar[str] = "2210.07558"
+    rule_name: ClassVar[str] = "rank draw"
 
     rank: int = 8  # the largest rank
     alpha: float = 16.0  # numerator of the scale alpha / k
@@ -71,11 +72,6 @@ class DyLoRA(DiagonalLoRA):
         self.require_positive("alpha")
         if self.mode not in ("frozen", "train_prefix"):
             raise ValueError(f"DyLoRA.mode must be 'frozen' or 'train_prefix', got {self.mode!r}")
-
-    @property
-    def rule(self) -> str:
-        """In a word."""
-        return "rank draw"
 
     @property
     def largest_drawn_rank(self) -> int:

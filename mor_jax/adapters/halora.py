@@ -10,22 +10,22 @@ draw is held for ``noise_steps`` optimiser steps: its key is folded from ``seed`
 
 From the paper: the objective, sigma = 0.01, 400 steps a draw, mu = 0.1, rank 4 on q, k, v, up and down; the model is
 evaluated at sigma 0.005, 0.01 and 0.02. Ours: the norm as an option (``spectral`` or ``frobenius``), its mean over
-sites and layers, the unit ``tile_max`` (sigma times the largest |W| of each 64 x 64 tile), and that merging must be
-asked for: it is exact, but moves the adapter onto the noisy memory.
+sites and layers, the unit ``tile_max`` (sigma times the largest |W| of each 64 x 64 tile), that dropout spares x nu,
+and that merging must be asked for: it is exact, but moves the adapter onto the noisy memory.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, NotMergeable, Site, expand
+from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, NotMergeable, Site
 from mor_jax.adapters.constants import constants_key
-from mor_jax.adapters.low_rank import LowRank, start_factors
+from mor_jax.adapters.low_rank import LowRank, expand, start_factors
 
 TILE = 64
 
@@ -52,9 +52,7 @@ class HaLoRA(LowRank):
         """Raises ValueError naming the field that is out of range."""
         super().__post_init__()
         self.require_positive("noise_steps")
-        for name in ("sigma", "penalty_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"HaLoRA.{name} must not be negative, got {getattr(self, name)}")
+        self.require_not_negative("sigma", "penalty_weight")
         self.require_choice("noise_unit", "absolute", "tile_max")
         self.require_choice("norm", "spectral", "frobenius")
 
@@ -81,32 +79,27 @@ class HaLoRA(LowRank):
         return noise * tile_max(kernel.dense()) if self.noise_unit == "tile_max" else noise
 
     def delta(
-        self,
-        leaves: Leaves,
-        x: Array,
-        base_output: Array,
-        kernel: Kernel,
-        gates: Array | None,
-        inputs: AdapterInputs,
+        self, leaves: Leaves, x: Array, base_output: Array, kernel: Kernel, gates: Array | None, inputs: AdapterInputs
     ) -> Array:
-        """s (x a) b, and x nu while ``inputs.noise_step`` is given, for x: (..., in), as (..., out)."""
+        """s (x a) b, and x nu while ``inputs.noise_step`` is given, for x: (..., in), as (..., out).
+
+        The noise is the base's, so it meets x before dropout.
+        """
         dtype = base_output.dtype
-        change = self._low_rank(leaves, x, dtype)
+        hidden = jnp.matmul(x, leaves.params["a"].astype(x.dtype), preferred_element_type=jnp.float32)
+        change = expand(hidden.astype(dtype), (leaves.params["b"] * self.scale).astype(dtype))
         if inputs.noise_step is None or not self.sigma:
             return change
-        return change + x.astype(dtype) @ self.noise(leaves, kernel, inputs.noise_step).astype(dtype)
+        clean = x if inputs.clean_x is None else inputs.clean_x
+        return change + clean.astype(dtype) @ self.noise(leaves, kernel, inputs.noise_step).astype(dtype)
 
     def output(self, leaves: Leaves, x: Array, kernel: Kernel, inputs: AdapterInputs) -> Array | None:
         """x (W + nu) + s (x a) b while ``inputs.noise_step`` is given: one product with the kernel instead of two."""
         if inputs.noise_step is None or not self.sigma:
             return None
         noisy = kernel.dense() + self.noise(leaves, kernel, inputs.noise_step)
-        return x @ noisy.astype(x.dtype) + self._low_rank(leaves, x, x.dtype)
-
-    def _low_rank(self, leaves: Leaves, x: Array, dtype: Any) -> Array:
-        """s (x a) b, (..., out) of ``dtype``."""
-        hidden = jnp.matmul(x, leaves.params["a"].astype(x.dtype), preferred_element_type=jnp.float32)
-        return expand(hidden.astype(dtype), (leaves.params["b"] * self.scale).astype(dtype))
+        y = x @ noisy.astype(x.dtype)
+        return y + self.delta(leaves, x, y, kernel, None, AdapterInputs())
 
     def penalty(self, leaves: Leaves) -> Array | None:
         """mu (||a^T a|| + ||b b^T||) of one layer, float32; its gradient at b = 0 is 0."""
@@ -115,6 +108,10 @@ class HaLoRA(LowRank):
         a, b = leaves.params["a"], leaves.params["b"]
         norm = spectral_norm if self.norm == "spectral" else frobenius_norm
         return self.penalty_weight * (norm(a.T @ a) + norm(b @ b.T))
+
+    def factors(self, leaves: Leaves, kernel: Kernel) -> tuple[Array, Array]:
+        """(a, s b): all that is kept beside the noisy base."""
+        return leaves.params["a"], self.scale * leaves.params["b"]
 
     def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
         """W + s a b, exactly.
@@ -127,7 +124,7 @@ class HaLoRA(LowRank):
                 "HaLoRA keeps its adapter off the noisy memory that holds the base; serve the adapter beside it, "
                 "or merge all the same with mergeable=True (--mergeable)"
             )
-        return kernel.replace(kernel.dense() + self.scale * leaves.params["a"] @ leaves.params["b"])
+        return super().merge(leaves, kernel, gates)
 
 
 def tile_max(kernel: Array) -> Array:

@@ -13,8 +13,8 @@ from typing import ClassVar, Literal
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site, expand, kaiming_uniform
-from mor_jax.adapters.low_rank import LowRank, start_factors
+from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site
+from mor_jax.adapters.low_rank import LowRank, expand, kaiming_uniform, start_factors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,21 +53,15 @@ class LoRA(LowRank):
         return leaves.params["a"]
 
     def delta(
-        self,
-        leaves: Leaves,
-        x: Array,
-        base_output: Array,
-        kernel: Kernel,
-        gates: Array | None,
-        inputs: AdapterInputs,
+        self, leaves: Leaves, x: Array, base_output: Array, kernel: Kernel, gates: Array | None, inputs: AdapterInputs
     ) -> Array:
         """s (x a) b for x a: (..., rank), as (..., out)."""
         dtype = base_output.dtype
         return expand(x.astype(dtype), (leaves.params["b"] * self.scale).astype(dtype))
 
-    def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
-        """W + s a b, exactly."""
-        return kernel.replace(kernel.dense() + self.scale * leaves.params["a"] @ leaves.params["b"])
+    def factors(self, leaves: Leaves, kernel: Kernel) -> tuple[Array, Array]:
+        """(a, s b), so that merging is exact."""
+        return leaves.params["a"], self.scale * leaves.params["b"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site, expand, kaiming_uniform
+from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site
 from mor_jax.adapters.constants import constants_key, rebuildable_normal
-from mor_jax.adapters.low_rank import LowRank
+from mor_jax.adapters.low_rank import LowRank, expand, kaiming_uniform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +68,7 @@ class LoRAMini(LowRank):
         return leaves._replace(params={**params, "down": down, "up": up})
 
     def delta(
-        self,
-        leaves: Leaves,
-        x: Array,
-        base_output: Array,
-        kernel: Kernel,
-        gates: Array | None,
-        inputs: AdapterInputs,
+        self, leaves: Leaves, x: Array, base_output: Array, kernel: Kernel, gates: Array | None, inputs: AdapterInputs
     ) -> Array:
         """s (x A a) b B for x A a: (..., rank), as (..., out)."""
         dtype = base_output.dtype
@@ -84,10 +78,10 @@ class LoRAMini(LowRank):
         """rank (m + n) a layer."""
         return site.num_layers * self.rank * (self.inner_in + self.inner_out)
 
-    def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
-        """W + s A a b B, exactly."""
+    def factors(self, leaves: Leaves, kernel: Kernel) -> tuple[Array, Array]:
+        """(A a, s b B), so that merging is exact."""
         params = self._composed(leaves).params
-        return kernel.replace(kernel.dense() + params["down"] @ params["up"])
+        return params["down"], params["up"]
 
     def logical_axes(self, site: Site) -> dict[str, tuple[str | None, ...]]:
         """The trained factors touch neither the kernel's inputs nor its outputs."""

@@ -4,10 +4,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters.base import Adapter, Kernel, Leaves, Site, kaiming_uniform
+from mor_jax.adapters.base import Adapter, Kernel, Leaves, Site
+
+
+def kaiming_uniform(key: Array, fan_in: int, shape: tuple[int, ...]) -> Array:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), float32: Kaiming's uniform with a = sqrt(5)."""
+    bound = fan_in**-0.5
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+@jax.custom_vjp
+def expand(z: Array, b: Array) -> Array:
+    """``z @ b`` for a narrow z: (..., r) and b: (r, out), as (..., out) in their dtype.
+
+    The gradient of b is ``z.T @ g``. jax's own rule forms ``(g.T @ z).T``, for which XLA on CPU writes out the
+    transpose of the wide cotangent g: an eighth of a LoRA step at width 512.
+    """
+    return jnp.matmul(z, b)
+
+
+def _expand_backward(kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    z, b = kept
+    tokens = tuple(range(z.ndim - 1))
+    by_z = jax.lax.dot_general(g, b, (((g.ndim - 1,), (1,)), ((), ())))
+    return by_z, jax.lax.dot_general(z, g, ((tokens, tokens), ((), ())))
+
+
+expand.defvjp(lambda z, b: (jnp.matmul(z, b), (z, b)), _expand_backward)
 
 
 def start_factors(key: Array, site: Site, rank: int) -> dict[str, Array]:

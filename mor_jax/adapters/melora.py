@@ -18,8 +18,8 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site, expand, kaiming_uniform
-from mor_jax.adapters.low_rank import LowRank
+from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site
+from mor_jax.adapters.low_rank import LowRank, expand, kaiming_uniform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,13 +74,7 @@ class MELoRA(LowRank):
         return leaves._replace(params={**leaves.params, "down": down, "up": up})
 
     def delta(
-        self,
-        leaves: Leaves,
-        x: Array,
-        base_output: Array,
-        kernel: Kernel,
-        gates: Array | None,
-        inputs: AdapterInputs,
+        self, leaves: Leaves, x: Array, base_output: Array, kernel: Kernel, gates: Array | None, inputs: AdapterInputs
     ) -> Array:
         """concat_i s (x_i a_i) b_i for x "down": (..., n rank), as (..., out)."""
         dtype = base_output.dtype
@@ -95,9 +89,9 @@ class MELoRA(LowRank):
         rows, columns = self._slices(site)
         return site.num_layers * self.num_minis * self.rank * (rows + columns)
 
-    def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
-        """W plus the block-diagonal matrix of the s a_i b_i, exactly."""
-        return kernel.replace(kernel.dense() + block_diagonal(self.scale * leaves.params["a"] @ leaves.params["b"]))
+    def factors(self, leaves: Leaves, kernel: Kernel) -> tuple[Array, Array]:
+        """(in, n r) and (n r, out): the block-diagonal matrices of the a_i and of the s b_i; merging is exact."""
+        return block_diagonal(leaves.params["a"]), block_diagonal(self.scale * leaves.params["b"])
 
     def logical_axes(self, site: Site) -> dict[str, tuple[str | None, ...]]:
         """The slices of in and out are cut by mini LoRA, so no axis follows the kernel's."""

@@ -60,9 +60,8 @@ class MoRA(Adapter):
         """Raises ValueError naming the field that is out of range."""
         super().__post_init__()
         self.require_positive("rank")
+        self.require_not_negative("reset_every")
         self.require_choice("group_type", *GROUP_TYPES, "rotation")
-        if self.reset_every < 0:
-            raise ValueError(f"MoRA.reset_every must not be negative, got {self.reset_every}")
         if self.reset_every and self.group_type == "rotation":
             raise ValueError(f"MoRA.reset_every cycles through {', '.join(GROUP_TYPES)}; start with one of them")
 
@@ -108,13 +107,7 @@ class MoRA(Adapter):
         return (self.group_type.startswith("contiguous"),), (self.group_type in ("contiguous", "sharing_repeated"),)
 
     def delta(
-        self,
-        leaves: Leaves,
-        x: Array,
-        base_output: Array,
-        kernel: Kernel,
-        gates: Array | None,
-        inputs: AdapterInputs,
+        self, leaves: Leaves, x: Array, base_output: Array, kernel: Kernel, gates: Array | None, inputs: AdapterInputs
     ) -> Array:
         """decompress(compress(x) M) for x: (..., in), as (..., out)."""
         k, out_features = leaves.params["m"].shape[0], kernel.shape[1]

@@ -21,8 +21,9 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site, kaiming_uniform
+from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site
 from mor_jax.adapters.diagonal import DiagonalLoRA
+from mor_jax.adapters.low_rank import start_factors
 from mor_jax.adapters.rules import Event, EventCall, EventResult, SiteArrays, SiteLeaves
 
 
@@ -72,6 +73,7 @@ class PRILoRA(DiagonalLoRA):
     name: ClassVar[str] = "prilora"
     title: ClassVar[str] = "PRILoRA"
     paper: ClassVar[str] = "2401.11316"
+    rule_name: ClassVar[str] = "pruning"
 
     rank: int = 8  # mean rank over the layers
     alpha: float = 16.0  # numerator of the scale alpha / r_l
@@ -85,16 +87,10 @@ class PRILoRA(DiagonalLoRA):
         """Raises ValueError naming the field that is out of range."""
         super().__post_init__()
         self.require_positive("alpha", "prune_interval")
+        self.require_not_negative("first_rank", "last_rank")
         for name in ("prune_fraction", "norm_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"PRILoRA.{name} must be in [0, 1), got {getattr(self, name)}")
-        if self.first_rank < 0 or self.last_rank < 0:
-            raise ValueError(f"PRILoRA.first_rank and last_rank must not be negative, got {self}")
-
-    @property
-    def rule(self) -> str:
-        """In a word."""
-        return "pruning"
 
     @property
     def ends(self) -> tuple[int, int]:
@@ -118,10 +114,8 @@ class PRILoRA(DiagonalLoRA):
 
     def init(self, key: Array, site: Site, layer: Array, kernel: Kernel) -> Leaves:
         """{"a": (in, width) uniform, "b": (width, out) zero} and state {"mask": (width,)}, 1 for the layer's ranks."""
-        a = kaiming_uniform(key, site.in_features, (site.in_features, self.width))
-        b = jnp.zeros((self.width, site.out_features), jnp.float32)
         mask = jnp.arange(self.width) < self.rank_of(site, layer)
-        return Leaves({"a": a, "b": b}, {"mask": mask.astype(jnp.float32)})
+        return Leaves(start_factors(key, site, self.width), {"mask": mask.astype(jnp.float32)})
 
     def rank_weights(self, leaves: Leaves, inputs: AdapterInputs) -> Array:
         """alpha / r_l on the layer's ranks."""
@@ -143,7 +137,3 @@ class PRILoRA(DiagonalLoRA):
         """The sum over layers of r_l (in + out)."""
         ranks = sum(int(self.rank_of(site, layer)) for layer in range(site.num_layers))
         return ranks * (site.in_features + site.out_features)
-
-    def padded_params(self, site: Site) -> int:
-        """width (in + out) a layer."""
-        return super().num_params(site)

@@ -16,7 +16,8 @@ is the norm of x (``input``) or of x a (``middle``) over calibration data ("by i
 ("by weight", ``input`` alone). The paper reports about 1 % of accuracy lost by it. The frozen W is never changed.
 
 From the paper and its code: the three forms, both merges, a uniform, b 0. Ours: ``block`` as the default, since it
-merges exactly; m = 1; that "by weight" takes the norm of W + s a b. A chain of one layer is complete in itself.
+merges exactly; m = 1; f of all calibration data at once, where the code takes the mean over a window of recent batches;
+that "by weight" takes the norm of W + s a b. A chain of one layer is complete in itself.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, NotMergeable, Site, expand
-from mor_jax.adapters.low_rank import LowRank
+from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, NotMergeable, Site
+from mor_jax.adapters.low_rank import LowRank, expand
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -98,13 +99,7 @@ class ResLoRA(LowRank):
         return _joined(leaves, "a", axis=1)
 
     def delta(
-        self,
-        leaves: Leaves,
-        x: Array,
-        base_output: Array,
-        kernel: Kernel,
-        gates: Array | None,
-        inputs: AdapterInputs,
+        self, leaves: Leaves, x: Array, base_output: Array, kernel: Kernel, gates: Array | None, inputs: AdapterInputs
     ) -> Array | tuple[Array, Any]:
         """The change, (..., out), and within a chain what the next layer finds; x is x a but for ``input``."""
         dtype, chain = base_output.dtype, inputs.chain
@@ -123,6 +118,12 @@ class ResLoRA(LowRank):
         change = expand(hidden.astype(dtype), b.astype(dtype))
         return change if chain is None else (change, following)
 
+    def factors(self, leaves: Leaves, kernel: Kernel) -> tuple[Array, Array] | None:
+        """Of ``block``, the layer's own factors beside the earlier ones, s with the latter; the others read inputs."""
+        if self.chained:
+            return None
+        return _joined(leaves, "a", axis=1), self.scale * _joined(leaves, "b", axis=0)
+
     def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
         """W + s a b with the earlier factors (``block``), or W + s (1 + gates[0]) a b, gates: (1,) being alpha_n.
 
@@ -130,8 +131,7 @@ class ResLoRA(LowRank):
             NotMergeable: for a layer of an ``input`` or ``middle`` chain without gates.
         """
         if self.form == "block":
-            change = _joined(leaves, "a", axis=1) @ _joined(leaves, "b", axis=0)
-            return kernel.replace(kernel.dense() + self.scale * change)
+            return super().merge(leaves, kernel)
         if gates is None and "place" in leaves.constants:
             raise NotMergeable(
                 f"ResLoRA's form {self.form!r} reads other layers, so no merged kernel equals it; choose an "

@@ -95,16 +95,10 @@ class VeRA(Adapter):
         return Leaves({}, {}, {"a": a, "b": b})
 
     def delta(
-        self,
-        leaves: Leaves,
-        x: Array,
-        base_output: Array,
-        kernel: Kernel,
-        gates: Array | None,
-        inputs: AdapterInputs,
+        self, leaves: Leaves, x: Array, base_output: Array, kernel: Kernel, gates: Array | None, inputs: AdapterInputs
     ) -> Array:
         """((x a) * d) b * lam_b for x: (..., in), as (..., out)."""
-        a, b = self._factors(leaves, kernel)
+        a, b = _cut(leaves.constants["a"], leaves.constants["b"], kernel.shape)
         dtype = base_output.dtype
         hidden = jnp.matmul(x, a.astype(x.dtype), preferred_element_type=jnp.float32) * leaves.params["d"]
         return (hidden.astype(dtype) @ b.astype(dtype)) * leaves.params["lam_b"].astype(dtype)
@@ -121,17 +115,14 @@ class VeRA(Adapter):
         a, b = leaves.constants["a"], leaves.constants["b"]
         return merged_product(x, kernel.dense(), a, b, leaves.params["d"], leaves.params["lam_b"])
 
-    def _factors(self, leaves: Leaves, kernel: Kernel) -> tuple[Array, Array]:
-        return _cut(leaves.constants["a"], leaves.constants["b"], kernel.shape)
-
     def num_params(self, site: Site) -> int:
         """Rank + out a layer."""
         return site.num_layers * (self.rank + site.out_features)
 
-    def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
-        """W + (a * d) b * lam_b, exactly."""
-        a, b = self._factors(leaves, kernel)
-        return kernel.replace(kernel.dense() + (a * leaves.params["d"]) @ b * leaves.params["lam_b"])
+    def factors(self, leaves: Leaves, kernel: Kernel) -> tuple[Array, Array]:
+        """(a * d, b * lam_b), so that merging is exact."""
+        a, b = _cut(leaves.constants["a"], leaves.constants["b"], kernel.shape)
+        return a * leaves.params["d"], b * leaves.params["lam_b"]
 
     def logical_axes(self, site: Site) -> dict[str, tuple[str | None, ...]]:
         """lam_b follows the kernel's outputs."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mor_jax.adapters import Leaves
+from mor_jax.adapters import Leaves, NotMergeable
 from mor_jax.cli.flags import UsageError
 from mor_jax.cli.merge import (
     LOW_RANK,
@@ -18,9 +18,17 @@ from mor_jax.cli.merge import (
 )
 from mor_jax.cli.opening import LiveModel
 from mor_jax.cli.options import ExportOptions
-from mor_jax.export import Verification, export_hf, export_peft, verify_adapter, verify_export, verify_peft
+from mor_jax.export import (
+    ExportError,
+    Verification,
+    export_hf,
+    export_peft,
+    verify_adapter,
+    verify_export,
+    verify_peft,
+)
 from mor_jax.injection import AdapterPlan
-from mor_jax.merging import FidelityReport
+from mor_jax.merging import FidelityReport, as_lora
 
 
 def export_command(options: ExportOptions) -> dict[str, Any]:
@@ -62,10 +70,15 @@ def _export_hf(live: LiveModel, options: ExportOptions, output: Path) -> Outcome
 
 def _export_peft(live: LiveModel, options: ExportOptions, output: Path) -> Outcome:
     plan, leaves, report = _plain_adapter(live, options)
-    export_peft(plan, leaves, live.config, output, base_model=live.directory, report=report)
+    try:
+        written, arrays = as_lora(plan, leaves, live.params)
+    except NotMergeable as error:
+        raise ExportError(f"--format peft: {error}; use --format hf for the merged model or safetensors") from error
+    export_peft(written, arrays, live.config, output, base_model=live.directory, report=report)
     if not options.verify:
         return None, report
-    return verify_peft(output, live.directory, live.params, live.config, plan, leaves), report
+    own = (written, arrays)
+    return verify_peft(output, live.directory, live.params, live.config, plan, leaves, written=own), report
 
 
 def _export_adapter(live: LiveModel, options: ExportOptions, output: Path) -> Outcome:

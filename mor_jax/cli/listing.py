@@ -96,16 +96,27 @@ def inspect_command(options: InspectOptions) -> dict[str, Any]:
         "frozen_parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) - replaced,
         "optimizer_bytes": ADAM_BYTES * trainable,
         "mergeable": merge_words([adapted.adapter for adapted in plan.sites]),
-        "exportable": ["hf", *_peft(plan, model), "safetensors"],
+        "exportable": ["hf", *_peft(plan, model, shapes), "safetensors"],
     }
 
 
-def _peft(plan: Any, model: Any) -> list[str]:
+def _peft(plan: Any, model: Any, shapes: Any) -> list[str]:
+    import jax
+
+    from mor_jax.adapters import NotMergeable
     from mor_jax.export import ExportError, peft_config
+    from mor_jax.injection import init_leaves
+    from mor_jax.merging import as_lora
+
+    written = []
+
+    def convert(params: Any) -> None:
+        written.append(as_lora(plan, init_leaves(jax.random.key(0), plan, params), params)[0])
 
     try:
-        peft_config(plan, model)
-    except ExportError:
+        jax.eval_shape(convert, shapes)
+        peft_config(written[0], model)
+    except (ExportError, NotMergeable):
         return []
     return ["peft"]
 

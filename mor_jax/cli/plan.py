@@ -27,8 +27,9 @@ def plan_command(options: PlanOptions) -> dict[str, Any]:
     prepare_environment(options.topology)  # before jax reads the environment
     from mor_jax.models import DecoderConfig, known_config
     from mor_jax.training.config import ConfigError, TrainConfig, config_from_mapping
-    from mor_jax.training.plan import advice, forecast, search
+    from mor_jax.training.plan import advice, forecast
     from mor_jax.training.plan_merge import forecast_merge
+    from mor_jax.training.plan_search import search
 
     fields = {field.name for field in dataclasses.fields(TrainConfig)} - {"model"}
     given = {name: value for name, value in vars(options).items() if name in fields and value is not None}

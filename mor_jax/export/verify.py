@@ -115,6 +115,7 @@ def verify_peft(
     plan: AdapterPlan,
     leaves: Leaves,
     *,
+    written: tuple[AdapterPlan, Leaves] | None = None,
     tokens: np.ndarray | None = None,
     tolerance: float = TOLERANCE,
     reader: Reader = "auto",
@@ -126,8 +127,9 @@ def verify_peft(
       base_dir: the base's Hugging Face directory.
       params: the base's parameters.
       config: its config.
-      plan: the plan that was exported.
+      plan: of the live model.
       leaves: its adapters.
+      written: of `as_lora`, what was exported in their place; None where they were exported themselves.
       tokens: as in `verify_export`.
       tolerance: as in `verify_export`.
       reader: "transformers" for PEFT on torch, "mor_jax", or "auto".
@@ -141,7 +143,8 @@ def verify_peft(
             model = PeftModel.from_pretrained(_load_torch(Path(base_dir), config), str(directory))
         found, name = _torch_logits(model, tokens), "peft"
     else:
-        found, name = live_logits(params, config, tokens, plan, read_peft(directory, config, plan, leaves)), "mor_jax"
+        own, like = written or (plan, leaves)
+        found, name = live_logits(params, config, tokens, own, read_peft(directory, config, own, like)), "mor_jax"
     return _compare(found, live_logits(params, config, tokens, plan, leaves), tolerance, name)
 
 

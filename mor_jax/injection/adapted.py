@@ -158,6 +158,7 @@ class _Call:
         x = argument  # the identical array, so that siblings can recognise it
         if method.dropout and not inputs.deterministic:
             x = _drop(x, method.dropout, inputs.key, adapted.site.path)
+            inputs = dataclasses.replace(inputs, clean_x=contraction.flatten_input(argument).astype(output.dtype))
         elif self.capture is None and not bundle["probes"]:
             whole = method.output(leaves, contraction.flatten_input(x).astype(output.dtype), kernel, inputs)
             if whole is not None:
@@ -173,7 +174,7 @@ class _Call:
         base = contraction.flatten_output(output - bias, kept)
         delta = self._delta(adapted, leaves, factored, base, kernel, gates, inputs)
         if gates is None and bundle["probes"]:
-            statistics = method.statistics(leaves, contraction.flatten_input(x), None, inputs)
+            statistics = method.statistics(leaves, contraction.flatten_input(argument), None, inputs)
             delta = emit(delta, dict(bundle["probes"]), {name: statistics[name] for name in bundle["probes"]})
         if self.capture is not None:
             self.capture(adapted.site.path, contraction.flatten_input(argument), delta)

@@ -4,6 +4,7 @@ from mor_jax.merging.approximate import MERGES, merge_routed
 from mor_jax.merging.calibration import ModelCall, language_model_call
 from mor_jax.merging.chain import earlier_shares
 from mor_jax.merging.exact import lower_merge, merge
+from mor_jax.merging.factors import as_lora
 from mor_jax.merging.fidelity import (
     FidelityReport,
     check_unseen,
@@ -29,6 +30,7 @@ __all__ = [
     "Calibration",
     "FidelityReport",
     "ModelCall",
+    "as_lora",
     "calibration_blocks",
     "check_unseen",
     "compare_logits",

@@ -35,7 +35,7 @@ from mor_jax.models.attention import (
 )
 from mor_jax.models.config import DecoderConfig
 from mor_jax.models.layers import ACTIVATION_FUNCTIONS, LAYER_INPUT, REMAT_POLICIES
-from mor_jax.models.logical_axes import INNER, RESIDUAL
+from mor_jax.models.logical_axes import INNER, LOOKED_UP, LOOKED_UP_IDS, RESIDUAL, TABLE
 
 _NO_WINDOW = jnp.iinfo(jnp.int32).max  # the window of an unlimited layer among limited ones
 _float32_dot = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
@@ -138,7 +138,7 @@ class Decoder(nn.Module):
             embedding_init=nn.initializers.normal(config.initializer_range),
             name="embed_tokens",
         )
-        x = with_logical_constraint(embed(input_ids), RESIDUAL)
+        x = _look_up(embed.embedding, input_ids).astype(config.dtype)
         if config.embedding_scale is not None:
             x = x * jnp.asarray(config.embedding_scale, config.dtype)
         x = self._layers((x, carry_extra), inputs)
@@ -232,6 +232,24 @@ def init_cache(config: DecoderConfig, batch_size: int, length: int) -> dict:
         "segment_ids": jnp.zeros((batch_size, length), jnp.int32),
         **layers,
     }
+
+
+def _look_up(table: jax.Array, input_ids: jax.Array) -> jax.Array:
+    """Rows (B, S, D) of the table (V, D), held to a way on which no device has all of the table or of the rows."""
+    with jax.named_scope("embed_tokens"):
+        rows = jnp.take(_by_width(table), with_logical_constraint(input_ids, LOOKED_UP_IDS), axis=0)
+        for axes in LOOKED_UP:
+            rows = with_logical_constraint(rows, axes)
+        return rows
+
+
+@jax.custom_vjp
+def _by_width(table: jax.Array) -> jax.Array:
+    """The table split along its width alone; its gradient, where it is trained, is held to nothing."""
+    return with_logical_constraint(table, TABLE)
+
+
+_by_width.defvjp(lambda table: (_by_width(table), None), lambda _, gradient: (gradient,))
 
 
 class HeadKernel(NamedTuple):

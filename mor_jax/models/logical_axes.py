@@ -6,6 +6,8 @@
     layers                  the stacked layers of a scan
     batch, length           rows and their tokens, of activations only
     key_length              tokens as keys and values, which queries anywhere in their row look at
+    table, looked_up        the width of the embedding table while rows are read from it, and of those rows
+    looked_up_batch         rows of the batch as that look-up sees them
 
 An axis without a name (None) is never split: norms, and the residual stream of activations.
 """
@@ -25,6 +27,14 @@ INNER: Axes = ("batch", "length", "mlp")
 QUERY_HEADS: Axes = ("batch", "length", "heads", None)
 KEY_HEADS: Axes = ("batch", "length", "kv_heads", None)
 ALL_KEYS: Axes = ("batch", "key_length", "kv_heads", None)
+TABLE: Axes = (None, "table")
+LOOKED_UP_IDS: Axes = ("looked_up_batch", None)
+LOOKED_UP: tuple[Axes, ...] = (  # what each device read, then one mesh axis after the other to where `RESIDUAL` is
+    ("looked_up_batch", None, "looked_up"),
+    ("looked_up_batch", None, "embed"),
+    ("batch", None, "length"),
+    RESIDUAL,
+)
 
 _KERNELS: dict[str, Axes] = {
     "embed_tokens": ("vocab", "embed"),

@@ -1,12 +1,19 @@
 """Sums over the micro-batches of a step: loss, tokens, gradients of the adapters, statistics.
 
-On a mesh the gradient of a micro-batch is a sum over devices. Along `data` that sum waits until all micro-batches are
-done: each of its parts adds up its own rows' gradients (a leading axis of the accumulators, split over `data`), and one
-reduction a step brings them together. Every part holds the whole gradient anyway, so it costs no memory.
+On a mesh the gradient of a micro-batch is a sum over devices. Along one axis that sum waits until all micro-batches are
+done: each part of the rows adds up its own gradients (a leading axis of the accumulators, split over that mesh axis),
+and one reduction a step brings them together.
 
-Along `fsdp` and `sequence` each micro-batch is reduced as it comes. There the factors are split, and so is their
-gradient: partial sums would be whole on every device, and a mesh that gathers the base for every micro-batch sends far
-more for that than for the gradients of its adapters.
+    data        where there is one: every device holds the whole gradient anyway, so its parts cost no memory
+    fsdp        else, up to `LARGEST_SUM`: the factors are split, and so would be their gradient, while partial sums
+                are whole on each device, beside the gradient of one micro-batch. The base stays split and is gathered
+                layer by layer as ever: the compiled program has the same gathers, of the same bytes
+    sequence    never: what a part of a row adds to a gradient depends on the keys and values of the others, so that the
+                loss of a part is nothing by itself
+
+With parts over `data` and `fsdp` at once the compiler would gather the looked-up embeddings of all `data` devices in
+every micro-batch; that axis is the one that crosses slices. There, and beyond `LARGEST_SUM`, each micro-batch is
+reduced along `fsdp` as it comes: a mesh that gathers the base for every micro-batch sends far more for that.
 
 A loss that is more than a sum over rows can't be taken apart: balance losses are products of means over a micro-batch,
 and one draw of dropout covers it. Methods with either are reduced after each micro-batch.
@@ -26,16 +33,28 @@ from jax.sharding import Mesh, PartitionSpec
 
 from mor_jax.adapters import AdapterInputs, Leaves
 from mor_jax.injection import AdapterPlan, init_probes, prepare_leaves
+from mor_jax.injection.leaves import count_bytes
+from mor_jax.models.logical_axes import TABLE
+from mor_jax.training.sharding import hold_split
 
 Batch = Mapping[str, Array]
-PARTS = "data"  # the mesh axis whose devices keep sums of their own
+LARGEST_SUM = 2**29  # bytes of a gradient that each device of `fsdp` may hold whole; MoR on all maps of an 8B is 4e8
 
 
-def count_partial_sums(plan: AdapterPlan, accumulate: int, mesh: Mesh | None) -> int:
-    """How many parts of the rows have gradient sums of their own over the micro-batches; 1 where all share one."""
+def partial_sum_axis(plan: AdapterPlan, accumulate: int, mesh: Mesh | None, trained: Any) -> str | None:
+    """The mesh axis whose devices keep sums of their own over the micro-batches; None where all share one.
+
+    Args:
+      plan: where the adapters sit.
+      accumulate: micro-batches of a step.
+      mesh: of the run, or None.
+      trained: what is differentiated, arrays or shapes.
+    """
     if mesh is None or accumulate == 1 or any(site.adapter.dropout or _balanced(site.adapter) for site in plan.sites):
-        return 1
-    return mesh.shape.get(PARTS, 1)
+        return None
+    if mesh.shape.get("data", 1) > 1:
+        return "data"
+    return "fsdp" if mesh.shape.get("fsdp", 1) > 1 and count_bytes(trained) <= LARGEST_SUM else None
 
 
 def _balanced(adapter: Any) -> bool:
@@ -46,7 +65,7 @@ def _balanced(adapter: Any) -> bool:
 def sum_micro_batches(
     plan: AdapterPlan,
     accumulate: int,
-    parts: int,
+    mesh: Mesh | None,
     loss: Callable[..., tuple[Array, Array]],
     leaves: Leaves,
     params: Any,
@@ -59,7 +78,7 @@ def sum_micro_batches(
     Args:
       plan: where the adapters sit.
       accumulate: micro-batches; row i goes to micro-batch i mod `accumulate`.
-      parts: of `count_partial_sums`.
+      mesh: of the run, or None.
       loss: (variables, batch, adapter_inputs) -> (loss sum, token count).
       leaves: of the adapters; the gradient is that of their params.
       params: the frozen base.
@@ -67,14 +86,16 @@ def sum_micro_batches(
       base: what adapters know beside the batch.
       key: of the step.
     """
-    own, pullback, micro_loss = _prepared(plan, loss, leaves, params, base)
+    own, pullback, micro_loss = _prepared(plan, mesh, loss, leaves, params, base)
     probes = init_probes(plan, base.num_tasks)
     gradients_of = jax.value_and_grad(micro_loss, argnums=(0, 1), has_aux=True)
     zero = jnp.zeros((), jnp.float32)
     sums = (zero, zero, jax.tree.map(jnp.zeros_like, own), probes)
-    if parts > 1:
-        gradients_of = _by_part(gradients_of, parts)
-        sums = jax.tree.map(lambda leaf: _split_over_parts(jnp.zeros((parts, *leaf.shape), leaf.dtype)), sums)
+    axis = partial_sum_axis(plan, accumulate, mesh, own)
+    if mesh is not None and axis is not None:
+        parts = mesh.shape[axis]
+        gradients_of = _by_part(gradients_of, axis, parts)
+        sums = jax.tree.map(lambda leaf: _split(jnp.zeros((parts, *leaf.shape), leaf.dtype), axis), sums)
 
     def micro_step(sums, inputs):
         number, rows = inputs
@@ -86,22 +107,25 @@ def sum_micro_batches(
     else:
         rows = {name: _split_rows(value, accumulate) for name, value in batch.items()}
         sums, _ = jax.lax.scan(micro_step, sums, (jnp.arange(accumulate), rows))
-    if parts > 1:
+    if axis is not None:
         sums = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums)
     total, tokens, gradient, statistics = sums
     return total, tokens, pullback(gradient)[0], statistics
 
 
-def _prepared(plan, loss, leaves, params, base):
+def _prepared(plan, mesh, loss, leaves, params, base):
     """(trained leaves as prepared for a step, the way back to the adapters, loss of them and a micro-batch)."""
     frozen = {id(leaf) for leaf in jax.tree.leaves((leaves.state, leaves.constants))}
     structure: list[Any] = []
 
     def prepare(adapters):
+        stored = {id(leaf) for leaf in jax.tree.leaves(adapters)}
         prepared, treedef = jax.tree.flatten(prepare_leaves(plan, leaves._replace(params=adapters), params))
         trained = [id(leaf) not in frozen and jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in prepared]
         structure[:] = [treedef, trained]
         own = [leaf for leaf, is_trained in zip(prepared, trained, strict=True) if is_trained]
+        if mesh is not None:
+            own = [leaf if id(leaf) in stored else hold_split(leaf, mesh) for leaf in own]
         return own, [leaf for leaf, is_trained in zip(prepared, trained, strict=True) if not is_trained]
 
     own, pullback, others = jax.vjp(prepare, leaves.params, has_aux=True)
@@ -116,27 +140,28 @@ def _prepared(plan, loss, leaves, params, base):
     return own, pullback, micro_loss
 
 
-def _by_part(gradients_of: Callable[..., Any], parts: int) -> Callable[..., Any]:
-    """`gradients_of` the rows of each part, its results with a leading axis of parts."""
-    mapped = jax.vmap(gradients_of, in_axes=(None, None, 0, None), spmd_axis_name=PARTS)
+def _by_part(gradients_of: Callable[..., Any], axis: str, parts: int) -> Callable[..., Any]:
+    """`gradients_of` the rows of each part, its results with a leading axis of parts, split over a mesh axis."""
+    mapped = jax.vmap(gradients_of, in_axes=(None, None, 0, None), spmd_axis_name=axis)
 
     def apart(own, probes, rows, key):
         rows = {name: value.reshape(parts, -1, *value.shape[1:]) for name, value in rows.items()}
-        within = [(name, _without_parts(axes)) for name, axes in nn.get_logical_axis_rules()]
-        with nn.logical_axis_rules(within):  # the parts' own axis is what is mapped over
+        rules = dict(nn.get_logical_axis_rules())
+        within = rules | {name: _without(axis, rules[name]) for name in rules if name not in TABLE}
+        with nn.logical_axis_rules(tuple(within.items())):  # the parts' own axis is what is mapped over
             return mapped(own, probes, rows, key)
 
     return apart
 
 
-def _without_parts(axes: Any) -> Any:
-    kept = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if axis != PARTS)
+def _without(axis: str, axes: Any) -> Any:
+    kept = tuple(each for each in ((axes,) if isinstance(axes, str) else axes or ()) if each != axis)
     return kept or None
 
 
-def _split_over_parts(value: Array) -> Array:
+def _split(value: Array, axis: str) -> Array:
     free = (PartitionSpec.UNCONSTRAINED,) * (value.ndim - 1)
-    return jax.lax.with_sharding_constraint(value, PartitionSpec(PARTS, *free))
+    return jax.lax.with_sharding_constraint(value, PartitionSpec(axis, *free))
 
 
 def _split_rows(value: Array, accumulate: int) -> Array:

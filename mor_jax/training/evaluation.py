@@ -15,6 +15,7 @@ import numpy as np
 
 from mor_jax.adapters import AdapterInputs
 from mor_jax.training.accumulation import batch_inputs
+from mor_jax.training.backend import compiler_options
 from mor_jax.training.mesh import put_batch, replicated
 from mor_jax.training.sharding import on_mesh
 from mor_jax.training.step import Loss, StateShardings, TrainState
@@ -98,7 +99,10 @@ def make_evaluation(
 
     state = shardings.state
     places = (state.adapters, state.adapter_state, shardings.constants, shardings.params, shardings.batch)
-    compiled = jax.jit(on_mesh(function, mesh), in_shardings=places, out_shardings=replicated(mesh))
+    options = compiler_options(mesh)
+    compiled = jax.jit(
+        on_mesh(function, mesh), in_shardings=places, out_shardings=replicated(mesh), compiler_options=options
+    )
     return Evaluation(compiled, constants, mesh, batches, tasks)
 
 

@@ -91,7 +91,7 @@ class Traffic:
       counts: how often each kind runs.
       largest: the largest output of each kind, bytes.
       channels: of the asynchronous collectives that are counted already.
-      gathered: sizes of the axes of each array that an all-gather makes, sorted.
+      gathered: sizes of the axes of each array that an all-gather or an all-reduce makes, sorted.
     """
 
     memory: float = 0.0
@@ -124,7 +124,7 @@ def parse_computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
         if header and " = " not in line.split("(", 1)[0]:
             current = computations.setdefault(header[2], [])
             entry = header[2] if header[1] else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":  # a kernel's metadata has lines that begin with braces
             current = None
         elif current is not None and (found := _INSTRUCTION.match(line)):
             inside = _balanced(found[4])
@@ -166,7 +166,7 @@ def _products(computations: dict[str, list[Instruction]], name: str) -> float:
             contracted = [left[int(axis)] for axis in axes[1].split(",") if axis] if axes else []
             total += 2.0 * math.prod(_sizes(instruction.type)) * math.prod(contracted)
         elif instruction.operation == "while":
-            repeats = trip_count(computations, _called(instruction, "condition"))
+            repeats = trip_count(computations, instruction)
             total += repeats * _products(computations, _called(instruction, "body"))
         elif instruction.operation in ("fusion", "call"):
             called = _called(instruction, "calls") or _called(instruction, "to_apply")
@@ -188,15 +188,45 @@ def measure_traffic(text: str) -> Traffic:
     return traffic
 
 
-def trip_count(computations: dict[str, list[Instruction]], condition: str) -> int:
-    """How often a loop runs whose counter starts at 0: the largest integer constant that its condition holds."""
-    counts = [1]
-    for instruction in computations.get(condition, ()):
+def trip_count(computations: dict[str, list[Instruction]], loop: Instruction) -> int:
+    """How often a `while` runs whose counter starts at 0: the bound of its condition over the step of its body.
+
+    A scan's counter goes up by one; the compiler's own loops, as over the pieces of a gathered operand, by more.
+    """
+    condition, body = _called(loop, "condition"), _called(loop, "body")
+    bound = max([1, *_constants(computations, condition)])
+    return -(-bound // _step(computations.get(body, []), _counter(computations.get(condition, [])), computations))
+
+
+def _constants(computations: dict[str, list[Instruction]], name: str) -> Iterator[int]:
+    """The integer constants of a computation and of its fusions."""
+    for instruction in computations.get(name, ()):
         if found := re.search(r" constant\((\d+)\)", instruction.text):
-            counts.append(int(found[1]))
+            yield int(found[1])
         elif instruction.operation == "fusion":
-            counts.append(trip_count(computations, _called(instruction, "calls")))
-    return max(counts)
+            yield from _constants(computations, _called(instruction, "calls"))
+
+
+def _counter(condition: list[Instruction]) -> int:
+    """Which of the loop's values the condition reads."""
+    reads = (re.search(r"index=(\d+)", i.text) for i in condition if i.operation == "get-tuple-element")
+    return next((int(found[1]) for found in reads if found), 0)
+
+
+def _step(body: list[Instruction], counter: int, computations: dict[str, list[Instruction]]) -> int:
+    """What a turn adds to the loop's value number `counter`; 1 where the text does not say."""
+    by_name = {instruction.name: instruction for instruction in body}
+    result = next((instruction for instruction in body if "ROOT " in instruction.text), None)
+    if result is None or len(result.operands) <= counter or (end := by_name.get(result.operands[counter])) is None:
+        return 1
+    while end.operation == "copy" and end.operands and end.operands[0] in by_name:
+        end = by_name[end.operands[0]]
+    if end.operation == "fusion":
+        added = [*_constants(computations, _called(end, "calls"))]
+    else:
+        given = (by_name[name].text for name in end.operands if end.operation == "add" and name in by_name)
+        added = [int(found[1]) for text in given if (found := re.search(r" constant\((\d+)\)", text))]
+    return max([1, *added])
 
 
 def _called(instruction: Instruction, attribute: str) -> str:
@@ -212,7 +242,7 @@ def _add(computations: dict[str, list[Instruction]], name: str, times: int, traf
         if kind in COLLECTIVES:
             _add_collective(instruction, kind, times, types, traffic)
         elif operation == "while":
-            inner = times * trip_count(computations, _called(instruction, "condition"))
+            inner = times * trip_count(computations, instruction)
             _add(computations, _called(instruction, "body"), inner, traffic)
         elif operation == "fusion":
             _add_fused_collectives(computations, _called(instruction, "calls"), times, traffic)
@@ -241,7 +271,7 @@ def _add_fused_collectives(computations: dict[str, list[Instruction]], name: str
 
 def _add_collective(instruction: Instruction, kind: str, times: int, types: dict[str, str], traffic: Traffic) -> None:
     """A ring sends each device about what it ends up with; an all-reduce twice that."""
-    if kind == "all-gather":
+    if kind in ("all-gather", "all-reduce"):  # a TPU's compiler may gather by adding up parts filled up with zeros
         shapes = [shape.split(",") for _, shape in _ARRAY.findall(instruction.type)]
         traffic.gathered |= {tuple(sorted(int(size) for size in shape if size)) for shape in shapes}
     given = sum(type_bytes(types.get(operand, "")) for operand in instruction.operands)

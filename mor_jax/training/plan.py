@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,14 +24,12 @@ from mor_jax.training.backend import for_backend
 from mor_jax.training.build import base_specs, decoder_loss
 from mor_jax.training.config import TrainConfig
 from mor_jax.training.hlo import Traffic, count_flops, measure_traffic
-from mor_jax.training.mesh import MeshError, check_batch, check_length, make_mesh
+from mor_jax.training.mesh import check_batch, check_length, make_mesh
 from mor_jax.training.optimizer import make_optimizer, plan_decay_mask
 from mor_jax.training.step import Loss, StateShardings, Step, TrainState, abstract_state, make_step
 from mor_jax.training.topology import Chip, Topology
 
 BATCH_FIELDS = ("input_ids", "targets", "loss_mask", "segment_ids", "positions", "task_ids", "prompt_mask")
-REMATS = ("none", "dots", "full")
-_SPLITS = (1, 2, 4)  # sizes of data and tensor that the search tries beside fsdp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,15 +208,31 @@ def forecast(config: TrainConfig, shape: DecoderConfig, topology: Topology) -> F
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        arguments = local_bytes(lay_out(config, shape, mesh).placed())
-        peak = needed_bytes(str(error), arguments)
-        if peak is None:
-            raise
-        return _refused(str(error), peak, arguments, common)
+        return _refused(error, local_bytes(lay_out(config, shape, mesh).placed()), common)
+    useful = 4.0 * _matrix_size(shape) * config.batch_size * config.sequence_length
+    return _accepted(compiled, params, topology, useful, common)
+
+
+def _refused(error: Exception, argument_bytes: int, common: dict[str, Any]) -> Forecast:
+    """The forecast of a step whose compiler ran out of memory; raises `error` if it says anything else."""
+    peak = needed_bytes(str(error), argument_bytes)
+    if peak is None:
+        raise error
+    return Forecast(
+        **common,
+        fits=False,
+        peak_bytes_per_device=peak,
+        argument_bytes=argument_bytes,
+        temporary_bytes=peak - argument_bytes,
+        problem=" ".join(str(error).split())[:300],
+    )
+
+
+def _accepted(compiled: Any, params: Any, topology: Topology, useful: float, common: dict[str, Any]) -> Forecast:
+    """The forecast of a compiled step; `useful` operations are what its mfu counts."""
     memory, traffic = compiled.memory_analysis(), measure_traffic(compiled.as_text())
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    useful = 4.0 * _matrix_size(shape) * config.batch_size * config.sequence_length
     return Forecast(
         **common,
         fits=peak <= topology.capacity_bytes,
@@ -233,18 +246,7 @@ def forecast(config: TrainConfig, shape: DecoderConfig, topology: Topology) -> F
             for kind, size in traffic.collectives.items()
         },
         gathered_stacks=_gathered_stacks(params, traffic),
-        **roofline(common["flops"], traffic, mesh.size, topology.chip, useful),
-    )
-
-
-def _refused(message: str, peak: int, argument_bytes: int, common: dict[str, Any]) -> Forecast:
-    return Forecast(
-        **common,
-        fits=False,
-        peak_bytes_per_device=peak,
-        argument_bytes=argument_bytes,
-        temporary_bytes=peak - argument_bytes,
-        problem=" ".join(message.split())[:300],
+        **roofline(common["flops"], traffic, len(topology.devices), topology.chip, useful),
     )
 
 
@@ -298,55 +300,6 @@ def needed_bytes(message: str, argument_bytes: int) -> int | None:
         return argument_bytes
     told = int(float(found[1]) * 2 ** (10 * (1 + "KMGT".index(found[2]))))
     return told if total else told + argument_bytes
-
-
-def search(
-    config: TrainConfig, shape: DecoderConfig, topology: Topology, tell: Callable[[Forecast], None] = lambda _: None
-) -> tuple[Forecast, list[Forecast]]:
-    """(the fastest plan that fits, or the smallest if none does; all that were compiled).
-
-    For each mesh and remat policy the fewest micro-batches that fit are taken: more only add gathers.
-
-    Args:
-      config: of the run; its mesh, remat and accumulate are what is searched.
-      shape: of the base.
-      topology: of `load_topology`.
-      tell: called with each plan as it is known.
-
-    Raises:
-      MeshError: no mesh fits the batch and the model.
-    """
-    tried, problem = [], MeshError(f"batch_size={config.batch_size} divides over no mesh of {len(topology.devices)}")
-    for layout in _layouts(len(topology.devices)):
-        for remat in REMATS:
-            for accumulate in (n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0):
-                candidate = dataclasses.replace(config, mesh=layout, remat=remat, accumulate=accumulate)
-                try:
-                    found = forecast(candidate, shape, topology)
-                except MeshError as error:
-                    problem = error
-                    break
-                tried.append(found)
-                tell(found)
-                if found.fits:
-                    break
-    if not tried:
-        raise problem
-    return min(tried, key=_preference), tried
-
-
-def _layouts(devices: int) -> Iterator[str]:
-    for data in _SPLITS:
-        for tensor in _SPLITS:
-            if min(data, tensor) == 1 and devices % (data * tensor) == 0:
-                yield f"data={data},fsdp={devices // data // tensor},tensor={tensor}"
-
-
-def _preference(found: Forecast) -> tuple[bool, float, float, int]:
-    """What fits first, then the faster, then the fewer operations, then the smaller."""
-    seconds = found.estimated_seconds or 0.0
-    costs = (seconds, found.flops) if found.fits else (0.0, 0.0)
-    return not found.fits, *costs, found.peak_bytes_per_device
 
 
 def advice(found: Forecast) -> str:

@@ -10,6 +10,10 @@ Without constraints on activations the compiler is free to gather those instead 
 Along `sequence` each device has a part of every row. All but attention is a matter of one token; there queries stay
 where they are and the keys and values of a row are gathered, 2 x kv_heads x head_dim numbers a token of one layer: with
 grouped queries far less than the residual stream, and no mask, window, soft cap or packing needs to know of it.
+
+The embedding table is far larger than the rows that a step reads from it. So each device reads its part of the width
+for the tokens of all devices that share the table, and the parts go to where their tokens are. Left alone the compiler
+gathers the table, or all rows, as soon as there is `tensor`, or `sequence` beside `fsdp`.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mor_jax.models.logical_axes import ALL_KEYS, INNER, KEY_HEADS, QUERY_HEADS, RESIDUAL
+from mor_jax.models.logical_axes import ALL_KEYS, INNER, KEY_HEADS, LOOKED_UP, QUERY_HEADS
 from mor_jax.training.mesh import MeshError
 
 SMALLEST = 2**14  # elements of a parameter; smaller ones stay whole on each device
@@ -49,10 +53,13 @@ class ShardingRules:
     kv_heads: tuple[str, ...] = ("tensor",)
     mlp: tuple[str, ...] = ("tensor",)
     vocab: tuple[str, ...] = ("tensor",)
+    table: tuple[str, ...] = ("fsdp", "sequence", "tensor")  # every device that shares tokens reads a part
+    looked_up: tuple[str, ...] = ("fsdp", "sequence", "tensor")
+    looked_up_batch: tuple[str, ...] = ("data",)
 
     def __post_init__(self):
         """Activations too may not collide; flax would drop one of the two in silence."""
-        for names in (RESIDUAL, INNER, QUERY_HEADS, KEY_HEADS, ALL_KEYS):
+        for names in (INNER, QUERY_HEADS, KEY_HEADS, ALL_KEYS, *LOOKED_UP):
             self.spec(names)
 
     def spec(self, names: Sequence[str | None]) -> PartitionSpec:
@@ -192,6 +199,18 @@ def spread(spec: PartitionSpec, leaf: Any, mesh: Mesh) -> PartitionSpec:
     axes = (*_axes_of(parts[chosen]), "fsdp")
     parts[chosen] = axes[0] if len(axes) == 1 else axes
     return PartitionSpec(*parts)
+
+
+def hold_split(leaf: jax.Array, mesh: Mesh) -> jax.Array:
+    """What a step computes once from adapters, and so its gradient, split over `fsdp` where it is large.
+
+    Without it a compiler keeps such a leaf of all layers whole on each device. Other axes are left to the compiler.
+    """
+    spec = spread(PartitionSpec(), leaf, mesh)
+    if not any(spec):
+        return leaf
+    free = (PartitionSpec.UNCONSTRAINED if part is None else part for part in spec)
+    return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(*free)))
 
 
 def shardings_of(specs: Any, mesh: Mesh) -> Any:

@@ -28,7 +28,8 @@ from mor_jax.injection import Adapted, AdapterPlan, adapter_specs, init_leaves
 from mor_jax.models import HeadKernel
 from mor_jax.models.logical_axes import RESIDUAL, split_ways
 from mor_jax.optim import Rules, mean_penalty
-from mor_jax.training.accumulation import count_partial_sums, sum_micro_batches
+from mor_jax.training.accumulation import sum_micro_batches
+from mor_jax.training.backend import compiler_options
 from mor_jax.training.losses import chunked_cross_entropy, cross_entropy
 from mor_jax.training.mesh import batch_sharding, replicated
 from mor_jax.training.sharding import on_mesh, shardings_of, spread
@@ -276,7 +277,7 @@ def make_step(
     tx = optax.with_extra_args_support(optimizer)
     deterministic = not any(site.adapter.dropout for site in plan.sites)
     mesh = None if shardings is None else shardings.batch.mesh
-    sums = partial(sum_micro_batches, plan, accumulate, count_partial_sums(plan, accumulate, mesh))
+    sums = partial(sum_micro_batches, plan, accumulate, mesh)
 
     def step(state: TrainState, params, constants, batch):
         leaves = Leaves(state.adapters, state.adapter_state, constants)
@@ -301,7 +302,7 @@ def make_step(
         routed = {path: sums for path, sums in statistics.items() if path in plan.gates or plan[path].adapter.num_gates}
         return new, metrics | penalty | ({} if rank is None else {"rank": rank}) | {"statistics": routed}
 
-    options: dict[str, Any] = {"donate_argnums": 0}
+    options: dict[str, Any] = {"donate_argnums": 0, "compiler_options": compiler_options(mesh)}
     if shardings is not None:
         options["in_shardings"] = (shardings.state, shardings.params, shardings.constants, shardings.batch)
         options["out_shardings"] = (shardings.state, shardings.metrics)

@@ -6,7 +6,7 @@ import numpy as np
 import one_layer
 import pytest
 
-from mor_jax.adapters import Leaves, Site, make_adapter
+from mor_jax.adapters import Leaves, make_adapter
 from mor_jax.adapters.beamlora import ExpandStrong, pair_ranks, pruned_counts
 from mor_jax.adapters.rules import EventCall
 
@@ -121,8 +121,3 @@ def test_moves_stop_an_interval_before_the_end():
     for options in ({"interval": 1}, {"temperature": 0.0}, {"first_share": 1.5}):
         with pytest.raises(ValueError, match="BeamLoRA"):
             make_adapter("beamlora", **options)
-
-
-def test_parameters():
-    site = Site("layers/q_proj", 4096, 11008, 32)
-    assert make_adapter("beamlora").num_params(site) == 32 * 8 * (4096 + 11008 + 1)

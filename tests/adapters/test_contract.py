@@ -125,6 +125,24 @@ def test_delta_equals_the_oracle(name, options, sizes):
     np.testing.assert_allclose(y, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
 
 
+# From the methods' equations: DoRA divides by a norm, MoRA's matrix is square, and a change that reads more than a
+# token's own x at its own layer is no constant matrix at all.
+NO_FACTORS = {"dora", "mora"}
+
+
+@each_case
+def test_factors_are_the_whole_change(name, options):
+    adapter, kernel, _, leaves, x, block_input = _setup(name, options)
+    pair = adapter.factors(leaves, kernel)
+    constant = adapter.merges_exactly and name not in NO_FACTORS
+    assert (pair is not None) == constant
+    if pair is not None:
+        a, b = pair
+        assert (a.shape[0], a.shape[1], b.shape[1]) == (x.shape[1], b.shape[0], kernel.shape[1])
+        expected = one_layer.delta(adapter, leaves, x, kernel, block_input)
+        np.testing.assert_allclose(x @ a @ b, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
 # The same matrix as Dense, DenseGeneral and Einsum store it: (view, its in axes, its out axes).
 LAYOUTS = {
     "dense": (lambda w: w, (-2,), (-1,)),

@@ -6,7 +6,7 @@ import numpy as np
 import one_layer
 import pytest
 
-from mor_jax.adapters import AdapterInputs, LoRA, Site, make_adapter
+from mor_jax.adapters import AdapterInputs, LoRA, make_adapter
 from mor_jax.adapters.dylora import DrawnRanksOnly
 
 KEY = jax.random.key(0)
@@ -76,8 +76,3 @@ def test_rule():
     assert make_adapter("dylora", mode="train_prefix").rules(10) == (DrawnRanksOnly(prefix=True),)
     with pytest.raises(ValueError, match="mode must be"):
         make_adapter("dylora", mode="both")
-
-
-def test_parameters_are_those_of_lora():
-    site = Site("layers/q_proj", 4096, 11008, 32)
-    assert make_adapter("dylora").num_params(site) == make_adapter("lora").num_params(site) == 32 * 8 * (4096 + 11008)

@@ -7,17 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import one_layer
 import pytest
-from llama import count
-from llama_1b import DOWN, QUERY_KEY_VALUE, UP
 
 from mor_jax.adapters import AdapterInputs, HaLoRA, Kernel, LoRA, NotMergeable, Site
 from mor_jax.adapters.halora import tile_max
 
 KEY = jax.random.key(0)
-
-
-def test_parameters_of_llama_3_2_1b():
-    assert count(HaLoRA(), (*QUERY_KEY_VALUE, UP, DOWN)) == 1_900_544
 
 
 def _filled(adapter, size=(40, 30)):
@@ -32,6 +26,8 @@ def _delta(adapter, leaves, x, kernel, step):
 
 def test_without_noise_it_is_lora():
     adapter = HaLoRA()
+    assert (adapter.rank, adapter.sigma, adapter.noise_steps) == (4, 0.01, 400)
+    assert (adapter.penalty_weight, adapter.norm, adapter.noise_unit) == (0.1, "spectral", "absolute")
     kernel, leaves = _filled(adapter)
     x = jax.random.normal(KEY, (5, 40))
     lora = one_layer.delta(LoRA(rank=4, alpha=8.0), leaves, x, kernel)

@@ -39,17 +39,6 @@ def test_layers_that_are_modules_of_their_own_have_the_ranks_of_stacked_ones():
     assert [_ranks(adapter, site)[0] for site in alone] == stacked
 
 
-def test_true_and_padded_parameters():
-    """LLaMA-2-7B: the true count is the sum of the layers' ranks, the padded one has the largest everywhere."""
-    adapter, true = make_adapter("prilora"), 0
-    for in_features, out_features in [(4096, 4096)] * 4 + [(4096, 11008)] * 2 + [(11008, 4096)]:
-        site = Site("layers/proj", in_features, out_features, 32)
-        true += adapter.num_params(site)
-        assert adapter.padded_params(site) == 32 * 12 * (in_features + out_features)
-    assert true == sum(_ranks(adapter, site)) * (4 * 2 * 4096 + 3 * (4096 + 11008))
-    assert sum(_ranks(adapter, site)) == 256
-
-
 def test_padding_neither_computes_nor_learns():
     adapter = make_adapter("prilora", rank=4)
     kernel = one_layer.kernel_of(KEY)

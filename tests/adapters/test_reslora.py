@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import one_layer
 import pytest
-from llama import ATTENTION, FFN, count
 
 from mor_jax.adapters import AdapterInputs, Kernel, LoRA, NotMergeable, ResLoRA
 
@@ -24,9 +23,12 @@ def _layer(leaves, n):
     return jax.tree.map(lambda v: v[n], leaves)
 
 
-def test_parameters_are_lora_s():
-    for options in ({}, {"form": "input"}, {"form": "middle", "previous": 3}):
-        assert count(ResLoRA(rank=8, **options), ATTENTION + FFN) == 19_988_480
+def test_start_and_defaults():
+    adapter = ResLoRA()
+    assert (adapter.previous, adapter.form) == (1, "block")
+    params = one_layer.start(ResLoRA(rank=3, form="input"), KEY, one_layer.kernel_of(KEY, 400, OUT)).params
+    assert 0.99 * 0.05 < float(jnp.abs(params["a"]).max()) <= 0.05  # 1 / sqrt(400)
+    np.testing.assert_array_equal(params["b"], 0)
 
 
 @pytest.mark.parametrize("options", [{}, {"form": "middle"}])

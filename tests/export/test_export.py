@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor_jax.adapters import DoRA, LoRA, MoR, RsLoRA
+from mor_jax.adapters import DoRA, LoRA, MoR, NotMergeable, RsLoRA, make_adapter
 from mor_jax.export import (
     ExportError,
     export_hf,
@@ -24,7 +24,7 @@ from mor_jax.export import (
     verify_peft,
 )
 from mor_jax.injection import init_leaves, resolve_sites
-from mor_jax.merging import merge
+from mor_jax.merging import as_lora, merge
 from mor_jax.models import Decoder, DecoderConfig, ModelFileError, load_params
 from mor_jax.training.integrity import verify_manifest
 
@@ -190,6 +190,52 @@ def test_without_torch_our_own_reader_compares_a_peft_folder(scanned, tmp_path):
     assert (found.verified, found.reader) == (True, "mor_jax")
     doubled = leaves._replace(params=jax.tree.map(lambda leaf: 2 * leaf, leaves.params))
     assert not verify_peft(out, directory, params, config, plan, doubled, reader="mor_jax").verified
+
+
+FACTORED = {  # methods whose change is a product of two thin factors, with what decides that
+    "mor": {"router": "mean"},
+    "reslora": {"form": "block"},
+    **{
+        name: {}
+        for name in ("adalora", "alora", "beamlora", "dylora", "halora", "lora_mini", "melora", "prilora", "vera")
+    },
+}
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("name", FACTORED)
+def test_peft_loads_any_factored_method_as_a_lora(scanned, tmp_path, name):
+    pytest.importorskip("peft")
+    params, config, directory = scanned
+    method = make_adapter(name, rank=4, **FACTORED[name])
+    plan, leaves = adapt(params, config, method, ("q_proj", "down_proj"))
+    written = as_lora(plan, leaves, params)
+    out = export_peft(*written, config, tmp_path / "out", base_model=directory)
+    found = verify_peft(out, directory, params, config, plan, leaves, written=written)
+    assert (found.verified, found.reader) == (True, "peft")
+    tokens = probe_tokens(config)
+    live = live_logits(params, config, tokens, plan, leaves)
+    assert np.abs(live - live_logits(params, config, tokens)).max() > 100 * TOLERANCE
+
+
+def test_layers_apart_get_loras_of_their_own_ranks(tmp_path):
+    config = dataclasses.replace(CONFIG, scan_layers=False)
+    params = make_base(tmp_path / "base", config)
+    plan, leaves = adapt(params, config, make_adapter("reslora", rank=2, form="block"), ("q_proj",))
+    written, arrays = as_lora(plan, leaves, params)
+    assert [site.adapter for site in written.sites] == [LoRA(rank=4, alpha=4.0)] * 2  # its own and the earlier ones
+    tokens = probe_tokens(config)
+    live = live_logits(params, config, tokens, plan, leaves)
+    np.testing.assert_allclose(live_logits(params, config, tokens, written, arrays), live, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("method", [MoR(rank=2), make_adapter("mora"), make_adapter("reslora", form="middle")])
+def test_a_change_that_is_no_product_of_thin_factors_is_no_lora(scanned, method):
+    params, config, _ = scanned
+    plan, leaves = adapt(params, config, method, ("q_proj",))
+    with pytest.raises(NotMergeable, match=r"q_proj: .*no LoRA equals it"):
+        as_lora(plan, leaves, params)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
 """Leaves that sites share (VeRA) and constants by site (LoRA-Mini) inside scans, loops and remat; noise (HaLoRA)."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor_jax.adapters import AdapterInputs, HaLoRA, Leaves, LoRA, LoRAMini, VeRA
+from mor_jax.adapters import AdapterInputs, HaLoRA, Kernel, Leaves, LoRA, LoRAMini, PRILoRA, Site, VeRA
 from mor_jax.injection import Adapted, init_leaves, resolve_sites
 from mor_jax.merging import merge
 from tests.merging.models import LAYERS, Stack, random_leaves, unrolled
@@ -100,6 +101,54 @@ def test_output_in_one_equals_base_and_change_and_drops_the_base_product(method,
         flops = [program.cost_analysis()["flops"] for program in made]
         product = 2 * IDS.size * sum(s.site.in_features * s.site.out_features for s in plan.sites)
         assert flops[1] - flops[0] > 0.8 * product
+
+
+class Proj(nn.Module):
+    features: int
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(self.features, use_bias=False, name="proj")(x)
+
+
+def _dropped_out(method, kernel, adapters, x, deterministic=False, **collections):
+    """One adapted map with dropout, all methods drawing the same mask."""
+    model = Proj(kernel.shape[1])
+    plan = resolve_sites(model, method, ("proj",), x)
+    inputs = AdapterInputs(key=jax.random.key(2), deterministic=deterministic, noise_step=jnp.int32(3))
+    own = {"params": {"proj": {"kernel": kernel}}, "adapters": {"proj": adapters}, **collections}
+    return Adapted(model, plan).apply(own, x, adapter_inputs=inputs)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_dropout_spares_the_noisy_product(deterministic):
+    """HaLoRA in float64: x (W + nu) + s (dropped x) a b. The dropped x is what a LoRA of identities hands out."""
+    x = jax.random.normal(jax.random.key(0), (3, 4, 6))
+    identities = {"a": jnp.eye(6), "b": jnp.eye(6)}
+    dropped = _dropped_out(LoRA(rank=6, alpha=6.0, dropout=0.4), jnp.zeros((6, 6)), identities, x, deterministic)
+    assert bool((dropped == 0).any()) != deterministic
+    method, kernel = HaLoRA(rank=2, sigma=0.5, dropout=0.4), jax.random.normal(jax.random.key(1), (6, 5))
+    leaves = method.init(jax.random.key(2), Site("proj", 6, 5), jnp.int32(0), Kernel(kernel))
+    params = {name: leaf + 0.3 for name, leaf in leaves.params.items()}
+    constants = {"adapter_constants": {"proj": leaves.constants}}
+    y = _dropped_out(method, kernel, params, x, deterministic, **constants)
+    noise = method.noise(leaves, Kernel(kernel), jnp.int32(3))
+    wide = [np.asarray(v, np.float64) for v in (x, kernel, noise, dropped, params["a"], params["b"])]
+    expected = wide[0] @ (wide[1] + wide[2]) + 8 / 2 * wide[3] @ wide[4] @ wide[5]
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_feature_norms_are_of_x_before_dropout():
+    """PRILoRA prunes by the features that a layer gets, not by those that dropout left of them."""
+    method, x = PRILoRA(rank=2, dropout=0.4), jax.random.normal(jax.random.key(0), (3, 4, 6))
+    leaves = method.init(jax.random.key(2), Site("proj", 6, 5), jnp.int32(0), Kernel(jnp.zeros((6, 5))))
+    state = {"adapter_state": {"proj": leaves.state}}
+
+    def total(squares):
+        probes = {"adapter_probes": {"proj": {"feature_squares": squares}}}
+        return jnp.sum(_dropped_out(method, jnp.zeros((6, 5)), leaves.params, x, **state, **probes))
+
+    np.testing.assert_allclose(jax.grad(total)(jnp.zeros(6)), np.sum(np.float64(x) ** 2, (0, 1)), rtol=1e-5)
 
 
 def test_noise_is_one_draw_an_epoch_and_off_without_a_step():

@@ -1,7 +1,7 @@
 """Every method from `mor train` to its export, by the commands: its rule, its resume, its merge or its refusal.
 
 On the decoder with stacked layers on one device, and from the middle on a data x fsdp mesh; on the decoder with layers
-apart and on the encoder with a classifier on that mesh, judged on one device.
+apart and on the encoder with a classifier on one device and on that mesh, which must agree.
 """
 
 import json
@@ -82,6 +82,26 @@ def check_events(done, rule):
     return written
 
 
+def check_same_course(one, other):
+    """Logs of the same steps on two meshes: the first to rounding, which the optimiser enlarges, and every event."""
+    first, second = ([line["loss"] for line in lines] for lines in (one, other))
+    np.testing.assert_allclose(first[0], second[0], rtol=1e-5)
+    np.testing.assert_allclose(first[:MIDDLE], second[:MIDDLE], rtol=2e-2)
+    assert [set(line.get("events", {})) for line in one] == [set(line.get("events", {})) for line in other]
+
+
+def trained_on_both(method, files, folder, stacked, **fields):
+    """The run on the mesh, after a check that one device takes the same course."""
+    runs = [
+        method_runs.train(config_of(files, folder / mesh, method, mesh=mesh, save_every=0, **fields))
+        for mesh in ("data=1", MESH)
+    ]
+    for done in runs:
+        check_training(method, done, stacked)
+    check_same_course(*(lines_of(done.folder) for done in runs))
+    return runs[1]
+
+
 def resumed(done, folder, *words):
     """The run gone on with from its middle by `mor train --resume`."""
     shutil.copytree(done.folder, folder)
@@ -118,14 +138,8 @@ def test_resume_in_the_middle_of_the_rule_is_bitwise(method, runs, tmp_path):
 @each_method
 def test_resume_on_a_mesh(method, runs, tmp_path):
     """Stacked layers on data x fsdp: the first step to rounding, which the optimiser may enlarge, and every event."""
-    both = [
-        lines_of(run)[MIDDLE:] for run in (runs[method].folder, resumed(runs[method], tmp_path / "run", "--mesh", MESH))
-    ]
-    losses = np.array([[line["loss"] for line in lines] for lines in both])
-    np.testing.assert_allclose(losses[0, 0], losses[1, 0], rtol=1e-5)
-    np.testing.assert_allclose(losses[0], losses[1], rtol=2e-2)
-    events = [[set(line.get("events", {})) for line in lines] for lines in both]
-    assert events[0] == events[1]
+    folder = resumed(runs[method], tmp_path / "run", "--mesh", MESH)
+    check_same_course(lines_of(runs[method].folder)[MIDDLE:], lines_of(folder)[MIDDLE:])
 
 
 @each_method
@@ -174,17 +188,14 @@ def check_merge(live, run, output):
 
 
 @each_method
-def test_layers_apart_on_a_mesh(method, files, runs, tmp_path):
-    """--no-scan-layers on data x fsdp with another optimiser: the same start as stacked layers, every layer trained."""
+def test_layers_apart(method, files, runs, tmp_path):
+    """--no-scan-layers with another optimiser: the same start as stacked layers, every layer trained."""
     options = {"form": "middle"} if method == "reslora" else rule_of(method).options
-    fields = {"scan_layers": False, "mesh": MESH, "save_every": 0, "eval_data": (), "options": options}
+    fields = {"scan_layers": False, "targets": ("o_proj",), "eval_data": (), "options": options}
     fields |= {"optimizer": "lion", "learning_rate": 1e-3}
-    done = method_runs.train(config_of(files, tmp_path / "run", method, **fields))
-    check_training(method, done, stacked=False)
+    done = trained_on_both(method, files, tmp_path, False, **fields)
     ours, stacked = (lines_of(one.folder)[0]["loss"] for one in (done, runs[method]))
-    if method == "halora":  # its noise is drawn by the names of the sites
-        assert ours != stacked
-    else:
+    if method != "halora":  # whose noise is drawn by the names of the sites
         np.testing.assert_allclose(ours, stacked, rtol=1e-5)
     metrics = mor("eval", done.folder, "--data", files["held_out"])[0]["metrics"]
     assert metrics["examples"] == 8
@@ -198,12 +209,10 @@ def test_layers_apart_on_a_mesh(method, files, runs, tmp_path):
 
 
 @each_method
-def test_an_encoder_on_a_mesh(method, files, tmp_path):
+def test_an_encoder(method, files, tmp_path):
     """--objective classification: a head trained with the adapter, judged and exported with it."""
     options = {"form": "input"} if method == "reslora" else rule_of(method).options
-    fields = on_encoder(files) | {"mesh": MESH, "save_every": 0, "options": options}
-    done = method_runs.train(config_of(files, tmp_path / "run", method, **fields))
-    check_training(method, done, stacked=True)
+    done = trained_on_both(method, files, tmp_path, True, **on_encoder(files) | {"options": options})
     assert any("classifier" in path for path in done.states[STEPS][1]["adapters"])
     words = ("--data", files["pairs"], "--task", "classification")
     metrics = mor("eval", done.folder, *words)[0]["metrics"]

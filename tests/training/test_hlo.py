@@ -92,7 +92,7 @@ def test_a_collective_in_a_loop_is_counted_as_often_as_the_loop_runs():
     assert traffic.counts == {"all-gather": 5, "all-reduce": 1}
     assert traffic.collectives == {"all-gather": 5 * 8 * 96 * 4, "all-reduce": 2 * 96 * 4}
     assert traffic.largest == {"all-gather": 8 * 96 * 4, "all-reduce": 96 * 4}
-    assert {tuple(size for size in shape if size > 1) for shape in traffic.gathered} == {(8, 96)}
+    assert {tuple(size for size in shape if size > 1) for shape in traffic.gathered} == {(8, 96), (96,)}
 
 
 ASYNC = """HloModule step, is_scheduled=true
@@ -144,6 +144,47 @@ def test_the_parts_of_an_asynchronous_collective_are_one_collective():
     assert traffic.counts == {"all-gather": 6}
     assert traffic.collectives == {"all-gather": 6 * 64 * 8 * 2}
     assert traffic.gathered == {(8, 64)}
+
+
+PIECES = """HloModule step, is_scheduled=true
+
+%condition (state: (bf16[4,8], s32[])) -> pred[] {
+  %state = (bf16[4,8]{1,0}, s32[]) parameter(0)
+  %pieces = s32[] constant(8)
+  %i = s32[] get-tuple-element(%state), index=1
+  ROOT %again = pred[] compare(%i, %pieces), direction=LT
+}
+
+%body (state: (bf16[4,8], s32[])) -> (bf16[4,8], s32[]) {
+  %state = (bf16[4,8]{1,0}, s32[]) parameter(0)
+  %chips = s32[] constant(15)
+  %two = s32[] constant(2)
+  %x = bf16[4,8]{1,0} get-tuple-element(%state), index=0
+  %i = s32[] get-tuple-element(%state), index=1
+  %device = s32[] add(%i, %chips)
+  %kernel = bf16[4,8]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="jit(step)/attend"}
+  %sent = (bf16[4,8]{1,0}, bf16[4,8]{1,0}, u32[], u32[]) collective-permute-start(%kernel), channel_id=3
+  %come = bf16[4,8]{1,0} collective-permute-done(%sent)
+  %next = s32[] add(%i, %two)
+  ROOT %new = (bf16[4,8]{1,0}, s32[]) tuple(%come, %next)
+}
+
+ENTRY %main (x: bf16[4,8]) -> bf16[4,8] {
+  %x = bf16[4,8]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %first = (bf16[4,8]{1,0}, s32[]) tuple(%x, %zero)
+  %loop = (bf16[4,8]{1,0}, s32[]) while(%first), condition=%condition, body=%body
+  ROOT %out = bf16[4,8]{1,0} get-tuple-element(%loop), index=0
+}
+"""
+
+
+def test_a_loop_that_counts_by_two_runs_half_as_often_and_a_kernel_does_not_end_its_body():
+    traffic = measure_traffic(PIECES)
+    assert traffic.counts == {"collective-permute": 4}
+    assert traffic.collectives == {"collective-permute": 4 * 4 * 8 * 2}
 
 
 def test_arrays_in_on_chip_memory_are_no_memory_traffic():

@@ -15,7 +15,7 @@ from mor_jax.models import DecoderConfig, abstract_params, logical_axes
 from mor_jax.models.hf_config import FAMILIES
 from mor_jax.optim import plan_rules
 from mor_jax.training.build import base_specs
-from mor_jax.training.hlo import measure_traffic
+from mor_jax.training.hlo import COLLECTIVES, measure_traffic, type_bytes
 from mor_jax.training.mesh import MeshError, make_mesh, put_batch
 from mor_jax.training.sharding import ShardingRules, param_specs, spread
 from mor_jax.training.step import abstract_state, init_state, make_step
@@ -154,6 +154,36 @@ def test_weights_are_gathered_and_activations_stay(layout):
     assert not [shape for shape in activations if shape.startswith((f"{rows},16,", "8,16,", "2,64,", "2,32,"))], (
         gathered
     )
+
+
+def test_what_is_computed_from_factors_once_a_step_is_split_like_a_factor():
+    """MoR's b, repeated for each expert, is the largest array of a step that no rule of a stored one reaches."""
+    config = dataclasses.replace(CONFIG, num_layers=2, hidden_size=64, intermediate_size=256, sliding_window=None)
+    adapted = tiny.adapted_decoder("mor", config, targets=("up_proj",), rank=4, num_experts=8)
+    mesh, params = make_mesh("fsdp=8"), tiny.params_of(config)
+    specs = param_specs(params, mesh, smallest=1, axes=logical_axes(params))
+    step, state, params = tiny.setup(adapted, optax.sgd(1.0), mesh=mesh, specs=specs, config=config)
+    text = step.lower(state, params, tiny.packed_batch()).compile().as_text()
+    assert "f32[2,32,32]" in text  # (layers, N r, out / 8)
+    assert "f32[2,32,256]" not in text
+
+
+@pytest.mark.parametrize("layout", ["fsdp=4,tensor=2", "fsdp=2,sequence=2,tensor=2", "data=2,fsdp=2,tensor=2"])
+def test_the_embedding_table_is_read_in_parts(layout):
+    """By the device that has a part, for all that share it; no device gets more of the table, nor all rows."""
+    config = dataclasses.replace(CONFIG, vocab_size=4096, hidden_size=32)
+    adapted = tiny.adapted_decoder("lora", config, rank=2)
+    mesh, params = make_mesh(layout), tiny.params_of(config)
+    specs = param_specs(params, mesh, smallest=1, axes=logical_axes(params))
+    step, state, params = tiny.setup(adapted, optax.sgd(1.0), mesh=mesh, specs=specs, config=config, accumulate=2)
+    quick = {"xla_backend_optimization_level": 0}
+    text = step.lower(state, params, tiny.packed_batch()).compile(quick).as_text()
+    kinds = "|".join(COLLECTIVES)
+    sent = re.findall(rf"= (.*?) (?:{kinds})\(.*op_name=\"[^\"]*embed_tokens", text)
+    part = 4 * 4096 * 32 // (mesh.size // mesh.shape["data"])
+    assert len(sent) > 1
+    assert max(map(type_bytes, sent)) <= part
+    assert not [shape for shape in measure_traffic(text).gathered if 4096 in shape]  # the head has half of that axis
 
 
 def test_a_row_of_many_blocks_never_leaves_its_devices():

@@ -1,0 +1,71 @@
+"""What the score of an event is, and what batch it is taken on."""
+
+import types
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import numpy as np
+import optax
+from tiny_training import adapted_decoder, decoder_loss, nudge, params_of, random_batch
+
+from mor_jax.adapters import AdapterInputs
+from mor_jax.adapters.rules import Event, EventResult
+from mor_jax.optim import EventRule
+from mor_jax.optim.rules import Rules
+from mor_jax.training.events import make_events
+from mor_jax.training.loop import _score_batch
+from mor_jax.training.mesh import make_mesh
+from mor_jax.training.step import init_state
+
+
+@dataclass(frozen=True)
+class Ask(Event):
+    """Reports the score of the leaves as they are, and without any."""
+
+    name: ClassVar[str] = "ask"
+
+    def due(self, step):
+        return True
+
+    def apply(self, call):
+        without = jax.tree.map(lambda leaf: 0 * leaf, call.leaves)
+        report = {"all": call.score(call.leaves), "none": call.score(without)}
+        return EventResult(call.leaves, call.state, report=report)
+
+
+def _cross_entropy(adapted, params, adapters, batch):
+    """The mean over counted tokens in float64."""
+    inputs = AdapterInputs(segment_ids=batch["segment_ids"])
+    arguments = batch["input_ids"], batch["positions"], batch["segment_ids"]
+    logits = adapted.apply({"params": params, "adapters": adapters}, *arguments, adapter_inputs=inputs)
+    logits = np.asarray(logits, np.float64)
+    largest = logits.max(-1, keepdims=True)
+    normaliser = np.log(np.exp(logits - largest).sum(-1)) + largest[..., 0]
+    chosen = np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
+    return np.mean((normaliser - chosen)[batch["loss_mask"] > 0])
+
+
+def test_the_score_is_minus_the_cross_entropy_of_the_development_batch():
+    adapted, params = adapted_decoder("lora", rank=2), params_of()
+    rule = EventRule(Ask(), tuple((site.site.path, site.stack_sizes) for site in adapted.plan.sites))
+    rules, optimizer = Rules(events=(rule,)), optax.sgd(0.1)
+    state, constants, _ = init_state(jax.random.key(0), adapted, params, optimizer, rules=rules)
+    state = nudge(state)
+    adapters = jax.tree.map(np.array, state.adapters)  # the state is donated
+    development, of_the_step = random_batch(seed=1), random_batch(seed=2)
+    events = make_events(rules, optimizer, loss=decoder_loss(adapted), constants=constants, batch=development)
+    found = events(1, state, params, of_the_step)[1]["ask"]
+    silent = jax.tree.map(np.zeros_like, adapters)
+    for name, own in (("all", adapters), ("none", silent)):
+        np.testing.assert_allclose(found[name], -_cross_entropy(adapted, params, own, development), rtol=1e-5)
+    assert found["all"] != found["none"]
+
+
+def test_the_development_batch_is_the_first_held_out_one():
+    batches = [random_batch(4, seed=seed) for seed in (1, 2)]
+    run = types.SimpleNamespace(eval_batches=lambda: iter(batches), mesh=make_mesh("data=2"))
+    rules = Rules(events=(EventRule(Ask(), ()),))
+    jax.tree.map(np.testing.assert_array_equal, _score_batch(run, rules), batches[0])
+    assert _score_batch(run, Rules()) is None
+    assert _score_batch(types.SimpleNamespace(eval_batches=None, mesh=run.mesh), rules) is None
