@@ -55,7 +55,7 @@ def peft_config(adapter: Adapter) -> Any:
         return peft.AdaLoraConfig(
             init_r=adapter.width,
             target_r=adapter.rank,
-            lora_alpha=adapter.alpha,  # pyright: ignore[reportArgumentType] - any number will do
+            lora_alpha=adapter.alpha,
             tinit=cut.start,
             tfinal=RULE_STEPS - cut.end,
             deltaT=cut.interval,
