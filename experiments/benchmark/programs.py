@@ -207,9 +207,10 @@ def floor_program(config: DecoderConfig, params: Any, batch: Any) -> Program:
 
     def loss(offset, params, batch):
         def add_offset(next_fun, args, kwargs, context):
-            output = next_fun(*args, **kwargs)
-            embeds = context.module.path == ("embed_tokens",) and context.method_name == "__call__"
-            return output + offset if embeds else output
+            if context.module.path == () and context.method_name == "_layers":
+                (embedded, extra), *rest = args
+                args = ((embedded + offset, extra), *rest)
+            return next_fun(*args, **kwargs)
 
         with nn.intercept_methods(add_offset):
             arguments = (batch["input_ids"], batch["positions"], batch["segment_ids"])

@@ -44,6 +44,13 @@ def test_floor_program_has_the_loss_of_the_untrained_step(bench):
     assert floor == pytest.approx(float(bench.step(LoRA(rank=16)).compile("fresh").run()["loss"]), rel=1e-5)
 
 
+def test_floor_goes_back_to_the_embedding(bench):
+    """Two products of each frozen matrix and six of attention a layer, and two of the head."""
+    config, tokens = bench.shape.model, bench.batch["input_ids"].size
+    kernels = config.num_layers * (4 * 32 * 32 + 3 * 32 * 48) + 256 * 32
+    assert bench.program("floor").counted[0] > 2 * tokens * 2 * kernels
+
+
 def test_trained_bytes_are_twelve_a_parameter(bench):
     """Row C16: the factors and Adam's two moments in float32, and nothing for the frozen base."""
     from step_rows import bytes_held
