@@ -29,12 +29,10 @@ import slice_targets
 
 from mor_jax.training.topology import load_topology, prepare_environment
 
+METHODS = ("mor", "lora")
 REMATS = ("none", "dots", "offload", "full")
 RESULTS = Path(__file__).parents[1] / "results"
 GIB = 2**30
-
-
-METHODS = ("mor", "lora")
 
 
 class Case(NamedTuple):
