@@ -1,6 +1,6 @@
 """Rows about the step itself.
 
-Time against the floor, full fine-tuning and LoRA (C1, C2, C4, C6), FLOPs (C3), the merged model (C14), bytes (C16).
+Time against the floor, full fine-tuning and LoRA (C1, C2, C4 to C6), FLOPs (C3), the merged model (C14), bytes (C16).
 """
 
 from __future__ import annotations
@@ -121,6 +121,12 @@ def mixtures(bench: Bench, methods: tuple[str, ...]) -> Iterator[dict[str, Any]]
             yield bench.compare("C4", "<= 1.20", program, lora)
 
 
+def top_k_mixture(bench: Bench, methods: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """C5: MoR with 2 of 8 experts of rank 8 ÷ LoRA of the active rank, 16."""
+    program = bench.program("MoR r8, top 2 of 8", MoR(rank=8, num_experts=8, top_k=2))
+    yield bench.compare("C5", "<= 1.60", program, bench.program("LoRA r16", LoRA(rank=16)))
+
+
 def against_lora(bench: Bench, methods: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """C6: each method, sized as LoRA of rank 16, ÷ LoRA of rank 16."""
     lora = bench.program("LoRA r16", LoRA(rank=16))
@@ -211,6 +217,7 @@ ROWS: dict[str, Callable[[Bench, tuple[str, ...]], Iterator[dict[str, Any]]]] = 
     "C2": against_full,
     "C3": flops,
     "C4": mixtures,
+    "C5": top_k_mixture,
     "C6": against_lora,
     "C14": merged_forward,
     "C16": bytes_held,

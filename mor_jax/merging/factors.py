@@ -30,19 +30,36 @@ def as_lora(plan: AdapterPlan, leaves: Leaves, params: Mapping[str, Any]) -> tup
         NotMergeable: a site's method is no constant product of two thin factors.
     """
     linked = link_leaves(plan, leaves)
-    kept: dict[str, Any] = {path: own for path, own in leaves.params.items() if path in plan.trained_modules}
+    others = [adapted for adapted in plan.sites if not isinstance(adapted.adapter, LoRA | DoRA)]
+    return with_loras(plan, leaves, {adapted.site.path: _site_factors(adapted, linked, params) for adapted in others})
+
+
+def with_loras(
+    plan: AdapterPlan, leaves: Leaves, factors: Mapping[str, tuple[Array, Array]]
+) -> tuple[AdapterPlan, Leaves]:
+    """LoRAs in place of what some sites have, and without the gates and shared leaves that nobody reads any more.
+
+    Args:
+        plan: Where the adapters sit.
+        leaves: Their arrays.
+        factors: {site path: (a, b)}: (layers..., in, k) and (layers..., k, out).
+
+    Returns:
+        A plan with ``LoRA(rank=k, alpha=k)`` at the paths of ``factors``, and its leaves.
+    """
     sites = []
     for adapted in plan.sites:
-        path = adapted.site.path
-        if isinstance(adapted.adapter, LoRA | DoRA):
-            kept[path] = leaves.params[path]
-            sites.append(adapted)
-            continue
-        a, b = _site_factors(adapted, linked, params)
-        kept[path] = {"a": a, "b": b}
-        lora = LoRA(rank=a.shape[-1], alpha=float(a.shape[-1]))
-        sites.append(dataclasses.replace(adapted, adapter=lora, shared="", chain="", gate_path=None, gate_features=0))
-    return dataclasses.replace(plan, sites=tuple(sites)), Leaves(kept)
+        if adapted.site.path in factors:
+            rank = factors[adapted.site.path][0].shape[-1]
+            lora = LoRA(rank=rank, alpha=float(rank))
+            own = {"shared": "", "chain": "", "gate_path": None, "gate_features": 0}
+            adapted = dataclasses.replace(adapted, adapter=lora, **own)
+        sites.append(adapted)
+    read = {path for s in sites for path in (s.site.path, s.gate_path, s.shared)} - set(factors)
+    read.update(plan.trained_modules)
+    kept: list[dict[str, Any]] = [{path: tree[path] for path in tree if path in read} for tree in leaves]
+    loras = {path: {"a": a, "b": b} for path, (a, b) in factors.items()}
+    return dataclasses.replace(plan, sites=tuple(sites)), Leaves(kept[0] | loras, *kept[1:])
 
 
 def _site_factors(adapted: AdaptedSite, linked: Leaves, params: Mapping[str, Any]) -> tuple[Array, Array]:

@@ -9,7 +9,6 @@ that costs one pass over the batches a block. The systems are solved in float64 
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mor_jax.adapters import Leaves, LoRA
+from mor_jax.adapters import Leaves
 from mor_jax.injection import AdaptedSite, AdapterPlan, link_leaves
 from mor_jax.merging.calibration import Batch, ModelCall, controls_for, language_model_call, make_collector
 from mor_jax.merging.exact import add_change, merge_site, merge_trained_modules, update_site
+from mor_jax.merging.factors import with_loras
 
 RIDGE = 1e-4
 _BLOCK = re.compile(r"(?:.*?/)?(?:layers?|blocks?|h)(?:[_/]?\d+)?(?=/|$)")
@@ -198,28 +198,10 @@ def refactor(calibration: Calibration, leaves: Leaves, plan: AdapterPlan, rank: 
     Returns:
         A plan whose routed sites have ``LoRA(rank=rank, alpha=rank)``, and its leaves.
     """
-    blocks = {plan[path].gate_path for path in calibration.changes}
-    params: dict[str, Any] = {
-        path: own for path, own in leaves.params.items() if path not in blocks | set(calibration.changes)
-    }
-    sites: list[AdaptedSite] = []
-    for adapted in plan.sites:
-        path = adapted.site.path
-        if path not in calibration.changes:
-            sites.append(adapted)
-            continue
-        stack = adapted.stack_sizes
-        pairs = [
-            factorize(
-                np.asarray(calibration.changes[path][index]), np.asarray(calibration.second_moments[path][index]), rank
-            )
-            for index in np.ndindex(stack)
-        ]
-        params[path] = {
-            name: jnp.asarray(np.stack([pair[i] for pair in pairs]), jnp.float32).reshape(*stack, *pairs[0][i].shape)
-            for i, name in enumerate(("a", "b"))
-        }
-        lora = LoRA(rank=rank, alpha=float(rank))
-        sites.append(dataclasses.replace(adapted, adapter=lora, gate_path=None, gate_features=0))
-    kept = lambda tree: {path: own for path, own in tree.items() if path not in calibration.changes}  # noqa: E731
-    return dataclasses.replace(plan, sites=tuple(sites)), Leaves(params, kept(leaves.state), kept(leaves.constants))
+    factors = {}
+    for path, changes in calibration.changes.items():
+        stack, moments = plan[path].stack_sizes, calibration.second_moments[path]
+        pairs = [factorize(np.asarray(changes[i]), np.asarray(moments[i]), rank) for i in np.ndindex(stack)]
+        a, b = (jnp.asarray(np.stack(one), jnp.float32) for one in zip(*pairs, strict=True))
+        factors[path] = a.reshape(*stack, *a.shape[1:]), b.reshape(*stack, *b.shape[1:])
+    return with_loras(plan, leaves, factors)

@@ -251,5 +251,5 @@ def print_targets(rows: Sequence[TargetRow], title: str, stream: TextIO | None =
     table.add_row("total", "", "", *(f"{total:,}" for total in sums))
     exact = all(row.merges != "approximate" for row in rows)
     how = "exactly" if exact else "approximately (mor merge --gates distill, least_squares, mean or task:NAME)"
-    table.caption = f"merges into the base {how}; exports as hf (merged) and safetensors (the adapter alone)"
+    table.caption = f"merges into the base {how}; exports as hf (merged), safetensors and peft (the adapter alone)"
     Console(file=stream or sys.stderr, width=None if sys.stderr.isatty() else 120).print(table)

@@ -141,6 +141,37 @@ def assert_writes_as(theirs, capsys, run, exported):
     assert written == {"text": tokenizer.decode(new, skip_special_tokens=True), "tokens": len(new)}
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers by an old name
+@pytest.mark.parametrize(("family", "scope"), [("gemma2", "site"), ("gemma3", "block")])
+def test_routed_ranks_of_a_gemma(capsys, tmp_path, family, scope):
+    """Trained, merged as the LoRA that imitates the gates, and the same LoRA read by PEFT on transformers' Gemma."""
+    peft = pytest.importorskip("peft")
+    model, run = families.make_family(family, tmp_path / "model"), str(tmp_path / "run")
+    method = ("--method", "mor", "--rank", "3", "--alpha", "12", "--num-experts", "4", "--options", f"scope={scope}")
+    words = ("--model", model, "--data", tiny_llama.write_records(tmp_path / "add.jsonl"), "--output-dir", run)
+    trained = run_json(capsys, "train", *words, "--batch-size", "2", "--sequence-length", "32", *method, *TRAINING)
+    assert np.isfinite(trained["loss"])
+
+    gates = ("--gates", "least_squares", "--rank", "6", "--batches", "2")
+    merged, exported, adapter = (str(tmp_path / name) for name in ("merged", "exported", "adapter"))
+    result = run_json(capsys, "merge", run, "--output-dir", merged, *gates)
+    assert result["exact"] is False
+    assert 0 < result["kl"] < 0.05
+    for folder, form in ((exported, "hf"), (adapter, "peft")):
+        result = run_json(capsys, "export", run, "--output-dir", folder, "--format", form, "--verify", *gates)
+        assert result["verified"] is True
+
+    read = transformers.AutoModelForCausalLM.from_pretrained
+    batch = {"input_ids": torch.as_tensor(np.random.default_rng(0).integers(2, 258, (2, 24)))}
+    expected = logits_of(read(merged, attn_implementation="eager"), batch)
+    base = read(model, attn_implementation="eager")
+    assert np.abs(expected - logits_of(base, batch)).max() > 0.05  # training moved what is compared
+    for theirs in (read(exported, attn_implementation="eager"), peft.PeftModel.from_pretrained(base, adapter)):
+        np.testing.assert_allclose(logits_of(theirs, batch), expected, atol=1e-4, rtol=0)
+    written = run_json(capsys, "generate", run, "--prompt", "add 10:", "--max-new-tokens", "8", "--greedy")
+    assert 0 < written["tokens"] <= 8
+
+
 @pytest.mark.parametrize("family", families.ENCODERS)
 def test_encoders(capsys, tmp_path, family):
     model, run = families.make_family(family, tmp_path / "model"), str(tmp_path / "run")
