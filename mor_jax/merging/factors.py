@@ -57,9 +57,9 @@ def with_loras(
         sites.append(adapted)
     read = {path for s in sites for path in (s.site.path, s.gate_path, s.shared)} - set(factors)
     read.update(plan.trained_modules)
-    kept: list[dict[str, Any]] = [{path: tree[path] for path in tree if path in read} for tree in leaves]
-    loras = {path: {"a": a, "b": b} for path, (a, b) in factors.items()}
-    return dataclasses.replace(plan, sites=tuple(sites)), Leaves(kept[0] | loras, *kept[1:])
+    params, state, constants = ({path: tree[path] for path in tree if path in read} for tree in leaves)
+    loras: dict[str, Any] = {path: {"a": a, "b": b} for path, (a, b) in factors.items()}
+    return dataclasses.replace(plan, sites=tuple(sites)), Leaves({**params, **loras}, state, constants)
 
 
 def _site_factors(adapted: AdaptedSite, linked: Leaves, params: Mapping[str, Any]) -> tuple[Array, Array]:
