@@ -1,4 +1,4 @@
-"""Speed, memory and FLOPs of a training step: the rows C1 to C16 and remat of one table.
+"""Speed, memory and FLOPs of a training step: the rows C1 to C16, remat and forms of one table.
 
     python experiments/benchmark/step_time.py --output experiments/results/step_time_cpu
     python experiments/benchmark/step_time.py --rows C1,C2 --rounds 20 --output experiments/results/step_time_cpu
@@ -14,6 +14,7 @@ Row: C1 LoRA ÷ floor. C2 LoRA ÷ full fine-tuning. C3 FLOPs. C4 dense mixtures 
 mixture ÷ LoRA of the active rank. C6 methods ÷ LoRA. C7 chunked ÷ naive cross-entropy. C8 compiling 32 layers ÷ 4. C9
 first step with a warm cache ÷ cold. C10 programs compiled after step one. C11 real batches ÷ a constant one. C12 packed
 ÷ padded. C13 saving ÷ not. C14 merged ÷ base. C15 ours ÷ PEFT on torch. C16 bytes. remat: its policies ÷ none.
+forms: MoR's sum over experts in other forms ÷ ours.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from compile_rows import compilations, many_layers, warm_cache
+from form_rows import mixture_forms
 from input_rows import input_overlap, packing, saving
 from loss_rows import LARGE_VOCABULARY, chunked_loss
 from programs import SHAPES
@@ -37,7 +39,26 @@ from torch_rows import against_peft
 
 from mor_jax.adapters import METHODS
 
-ALL = ("C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "C10", "C11", "C12", "C13", "C14", "C15", "C16", "remat")
+ALL = (
+    "C1",
+    "C2",
+    "C3",
+    "C4",
+    "C5",
+    "C6",
+    "C7",
+    "C8",
+    "C9",
+    "C10",
+    "C11",
+    "C12",
+    "C13",
+    "C14",
+    "C15",
+    "C16",
+    "remat",
+    "forms",
+)
 # Variables that pin the kernels of a BLAS or of torch to those of an old processor would slow one side of C15 only.
 PINS = (
     "OPENBLAS_CORETYPE",
@@ -67,6 +88,8 @@ def measure(row: str, bench: Bench, arguments: argparse.Namespace) -> Iterator[d
         return packing(shape, rounds, arguments.data, arguments.tokenizer, arguments.row_length)
     if row == "C13":
         return saving(shape, rounds)
+    if row == "forms":
+        return mixture_forms(rounds)
     return against_peft(shape, rounds)
 
 

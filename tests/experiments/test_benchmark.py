@@ -69,6 +69,20 @@ def test_remat_needs_less_memory_and_more_products(bench):
     assert rows[3]["figure"] < 1
 
 
+def test_forms_of_the_mixture_compute_the_same():
+    """Row forms: value and gradients of the other forms are those of `MoR.delta`."""
+    from form_rows import apart, loop, mixture_inputs, one_product
+
+    adapter, inputs = mixture_inputs(3, 2, 24)
+    weights = jax.random.normal(jax.random.key(1), (len(inputs[1]), 24))
+    ours, *others = (
+        jax.value_and_grad(lambda *own, form=form: (weights * form(adapter, *own)).sum(), argnums=(0, 1, 2))(*inputs)
+        for form in (one_product, loop, apart)
+    )
+    for other in others:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-3), ours, other)
+
+
 @pytest.mark.oracle
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers by an old name
 @pytest.mark.parametrize("method", ["vera", "adalora"])
