@@ -33,7 +33,7 @@ from mor_jax.training.config import TrainConfig
 from mor_jax.training.loop import train
 
 GRID = (2e-3, 4e-3)
-SEEDS: Mapping[str, tuple[int, ...]] = {"LoRA": (0, 1, 2), "LoRA of the total rank": (0,), "MoR": (0, 1, 2)}
+SEEDS: Mapping[str, tuple[int, ...]] = {"LoRA": (0, 1, 2), "LoRA of the total rank": (0, 1, 2), "MoR": (0, 1, 2)}
 SETTINGS: Mapping[str, Any] = {
     "steps": 240,
     "batch_size": 2,
