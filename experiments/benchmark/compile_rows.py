@@ -31,7 +31,6 @@ DEMO_BASE = Path(mor_jax.__file__).parent / "cli" / "demo" / "base"
 
 def many_layers(shape: Shape, rounds: int) -> Iterator[dict[str, Any]]:
     """C8: CPU time to trace, lower and compile the LoRA step of 32 layers ÷ of 4, in turn, without a cache."""
-    rounds = min(rounds, 3)
     times: dict[int, list[float]] = {32: [], 4: []}
     for _ in range(rounds):
         for layers, own in times.items():
@@ -57,7 +56,6 @@ def _first_step_seconds(shape_name: str, cache: str) -> tuple[float, float]:
 
 def warm_cache(shape_name: str, rounds: int) -> Iterator[dict[str, Any]]:
     """C9: process start to first step done with a warm cache of programs ÷ with a cold one, CPU time."""
-    rounds = min(rounds, 3)
     cold, warm, walls = [], [], []
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as cache:

@@ -8,7 +8,7 @@
 Every adapter's step is made by the ``make_step`` that ``mor train`` calls. Two programs, compiled ahead in one process,
 are timed in turn, A, B, A, B, after two warm-ups; the figure is the median of the per-round ratios of process CPU time,
 with its quartiles; below 1 A is faster. Rows that are not measured keep their place in the table. On two quiet cores a
-row takes at most about two minutes (C6 that much for every five methods).
+row takes at most about three minutes (C6 that much for every seven methods).
 
 Row: C1 LoRA ÷ floor. C2 LoRA ÷ full fine-tuning. C3 FLOPs. C4 dense mixtures ÷ LoRA of the same total rank. C5 top-k
 mixture ÷ LoRA of the active rank. C6 methods ÷ LoRA. C7 chunked ÷ naive cross-entropy. C8 compiling 32 layers ÷ 4. C9
@@ -75,7 +75,7 @@ def measure(row: str, bench: Bench, arguments: argparse.Namespace) -> Iterator[d
     if row in STEP_ROWS:
         return STEP_ROWS[row](bench, arguments.methods)
     if row == "C7":
-        return chunked_loss(shape, min(rounds, 5), arguments.large_vocabulary)
+        return chunked_loss(shape, rounds, arguments.large_vocabulary)
     if row == "C8":
         return many_layers(shape, rounds)
     if row == "C9":

@@ -1,7 +1,7 @@
 """Folding adapters into the frozen base, exactly where that is possible and measurably well where it is not."""
 
 from mor_jax.merging.approximate import MERGES, merge_routed
-from mor_jax.merging.calibration import ModelCall, language_model_call
+from mor_jax.merging.calibration import ModelCall, language_model_call, solve_ridge
 from mor_jax.merging.chain import earlier_shares
 from mor_jax.merging.exact import lower_merge, merge
 from mor_jax.merging.factors import as_lora
@@ -16,13 +16,11 @@ from mor_jax.merging.fidelity import (
 from mor_jax.merging.gates import mean_gates
 from mor_jax.merging.least_squares import (
     Calibration,
-    calibration_blocks,
     factorize,
     least_squares,
     merge_changes,
     refactor,
     routed_paths,
-    solve_ridge,
 )
 
 __all__ = [
@@ -31,7 +29,6 @@ __all__ = [
     "FidelityReport",
     "ModelCall",
     "as_lora",
-    "calibration_blocks",
     "check_unseen",
     "compare_logits",
     "earlier_shares",

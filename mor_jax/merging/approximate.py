@@ -83,7 +83,7 @@ def merge_routed(
         calibration: Batches to take statistics from; not read when the merge is exact.
         heldout: Batches for the report; no row may be among ``calibration``. ``best`` is chosen on one half of their
             batches and reported on the other, where there are two or more.
-        gates: "mean", "task:NAME", "least_squares", "sequential" (least squares block by block), a name of ``others``,
+        gates: "mean", "task:NAME", "least_squares", "sequential" (least squares site after site), a name of ``others``,
             or "best": the one of all these but "task:NAME" with the smallest KL.
         tasks: Names of the task ids; ``call`` must then pass ``num_tasks`` for "task:NAME".
         call: Batch -> (args, kwargs, adapter inputs); the model returns logits.

@@ -3,8 +3,9 @@
 ``Capture`` wraps a method. Its delta is the method's own, and passes through an identity whose backward rule hands sums
 of x and delta to zero leaves beside the method's: those come out of any scan and remat as the zero leaves' gradients.
 
-Paired batches carry two streams, [routed rows; merged rows], through one pass: in the second half, layers that are
-already merged use their merged change. So the inputs of a half-merged model meet the targets of the routed one.
+A sequential pass carries two streams, [routed rows; merged rows]: each site solves for its change as the pass reaches
+it, from what it puts out in the first half and gets in the second, and uses that change in the second half from there
+on. So the inputs of a merged model meet the targets of the routed one, in one pass whatever the number of layers.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from mor_jax.adapters import Adapter, AdapterInputs, Kernel, Leaves, Site
@@ -26,7 +28,44 @@ from mor_jax.injection.adapted import emit
 
 Batch = Mapping[str, Any]
 ModelCall = Callable[[Batch], tuple[tuple[Any, ...], dict[str, Any], AdapterInputs]]
+Kind = Literal["moments", "errors", "sequential"]
 EXTRA = "calibration_"  # begins the names of the leaves added here
+RIDGE = 1e-4
+
+
+def solve_ridge(second_moment: Any, cross: Any, ridge: float = RIDGE) -> Array:
+    """(C + ridge tr(C) / in I)^-1 R, solved in float64, as (in, out) float32; zeros where no input was ever seen.
+
+    Args:
+        second_moment: C = E[x^T x]: (in, in).
+        cross: R = E[x^T delta]: (in, out).
+        ridge: How much of the mean eigenvalue is added to the diagonal.
+    """
+    arguments = jnp.asarray(second_moment, jnp.float32), jnp.asarray(cross, jnp.float32)
+    device, host = functools.partial(_solve_on_device, ridge), functools.partial(_solve_on_host, ridge)
+    return jax.lax.platform_dependent(*arguments, tpu=host, default=device)
+
+
+def _solve_on_device(ridge: float, moment: Array, cross: Array) -> Array:
+    with jax.enable_x64(True):  # moments of activations are too ill-conditioned for float32
+        moment, target = moment.astype(jnp.float64), cross.astype(jnp.float64)
+        eps = ridge * jnp.trace(moment) / len(moment)
+        regular = moment + jnp.where(eps > 0, eps, 1.0) * jnp.eye(len(moment))
+        found = jax.scipy.linalg.solve(regular, target, assume_a="pos")
+        return jnp.where(eps > 0, found, 0.0).astype(jnp.float32)
+
+
+def _solve_on_host(ridge: float, moment: Array, cross: Array) -> Array:
+    """For TPUs, whose compiler takes more than a minute for each factorisation in emulated float64."""
+
+    def solve(moment: Any, cross: Any) -> np.ndarray:
+        moment, target = np.asarray(moment, np.float64), np.asarray(cross, np.float64)
+        eps = ridge * np.trace(moment) / len(moment)
+        if eps <= 0:
+            return np.zeros(target.shape, np.float32)
+        return np.linalg.solve(moment + eps * np.eye(len(moment)), target).astype(np.float32)
+
+    return jax.pure_callback(solve, jax.ShapeDtypeStruct(cross.shape, jnp.float32), moment, cross)
 
 
 def language_model_call(batch: Batch, num_tasks: int = 0) -> tuple[tuple[Any, ...], dict[str, Any], AdapterInputs]:
@@ -72,13 +111,14 @@ class Capture(Adapter):
 
     Attributes:
         inner: The method.
-        paired: Whether batches are [routed rows; merged rows].
-        errors: Report ||x D - delta||^2 and ||delta||^2 for a given D instead of E[x^T x] and E[x^T delta].
+        kind: What it reports: sums of x^T x and x^T delta; sums of ||x D - delta||^2 and ||delta||^2 for a given D; or
+            the D of a sequential pass, whose batch is [routed rows; merged rows].
+        ridge: Of ``solve_ridge``, in a sequential pass.
     """
 
     inner: Adapter
-    paired: bool = False
-    errors: bool = False
+    kind: Kind = "moments"
+    ridge: float = RIDGE
 
     @property
     def gate_block(self) -> str | None:
@@ -132,29 +172,32 @@ class Capture(Adapter):
         gates: Array | None,
         inputs: AdapterInputs,
     ) -> Array | tuple[Array, Any]:
-        """The method's delta (in merged rows of merged layers: x D), with the sums of this call in its gradient."""
+        """The method's delta (in merged rows x D), with the sums of this call in its gradient."""
         extra = _extra(leaves)
         delta: Any = self.inner.delta(_own(leaves), self._factored(leaves, x), base_output, kernel, gates, inputs)
         chain = None
         if inputs.chain is not None:
             delta, chain = delta
-        change = extra.get(EXTRA + "change")
         weight = _token_weight(inputs, x)
-        seen, target = x, delta
-        if self.paired:
-            assert change is not None
+        if self.kind == "sequential":
             half = x.shape[0] // 2
-            seen, target, weight = x[half:], delta[:half], weight[half:]
-            merged = jnp.where(extra[EXTRA + "merged"][0] > 0, (seen @ change.astype(x.dtype)), delta[half:])
-            delta = jnp.concatenate([target, merged.astype(delta.dtype)])
-        sums = jax.lax.stop_gradient((seen, target))
-        compute = _errors if self.errors else _moments
-        shapes = jax.eval_shape(compute, *sums, weight, change)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        statistics = jax.lax.cond(extra[EXTRA + "wanted"][0] > 0, lambda: compute(*sums, weight, change), lambda: zeros)
-        probes = {name: extra[EXTRA + name] for name in statistics}
-        delta = emit(delta, probes, statistics)
+            statistics = self._solve(jax.lax.stop_gradient((x[half:], delta[:half])), weight[half:])
+            merged = x[half:] @ statistics["change"].astype(x.dtype)
+            delta = jnp.concatenate([delta[:half], merged.astype(delta.dtype)])
+        else:
+            compute = _errors if self.kind == "errors" else _moments
+            seen = jax.lax.stop_gradient((x, delta))
+            statistics = compute(*seen, weight, extra.get(EXTRA + "change"))
+        delta = emit(delta, {name: extra[EXTRA + name] for name in statistics}, statistics)
         return delta if chain is None else (delta, chain)
+
+    def _solve(self, seen: tuple[Array, Array], weight: Array) -> dict[str, Array]:
+        """The change that the tokens ask for, their second moment, their number and 1 for this call."""
+        sums = _moments(*seen, weight, None)
+        tokens = jnp.maximum(sums["count"][0], 1.0)
+        moment = sums["xx"] / tokens
+        change = solve_ridge(moment, sums["xd"] / tokens, self.ridge)
+        return {"change": change, "moment": moment, "count": sums["count"], "calls": jnp.ones((1,))}
 
     def _factored(self, leaves: Leaves, x: Array) -> Array:
         factor = self.inner.input_factor(_own(leaves))
@@ -202,95 +245,106 @@ def _errors(x: Array, target: Array, weight: Array, change: Array | None) -> dic
     }
 
 
-class SiteControls(NamedTuple):
-    """What ``collect`` is told of one site, layer axes leading."""
-
-    wanted: Array  # (layers..., 1): 1 where sums are wanted
-    merged: Array | None = None  # (layers..., 1): 1 where the layer is merged
-    change: Array | None = None  # (layers..., in, out) float32, the merged change D
-
-
-def _probe_shapes(adapted: AdaptedSite, errors: bool) -> dict[str, tuple[int, ...]]:
-    site = adapted.site
-    if errors:
-        own: dict[str, tuple[int, ...]] = {"error": (1,), "norm": (1,)}
-    else:
-        features = site.in_features
-        own = {"xx": (features, features), "xd": (features, site.out_features), "count": (1,)}
-    return {name: (*adapted.stack_sizes, *shape) for name, shape in own.items()}
+def _probe_shapes(adapted: AdaptedSite, kind: Kind) -> dict[str, tuple[int, ...]]:
+    square = (adapted.site.in_features, adapted.site.in_features)
+    wide = (adapted.site.in_features, adapted.site.out_features)
+    shapes: dict[Kind, dict[str, tuple[int, ...]]] = {
+        "moments": {"xx": square, "xd": wide, "count": (1,)},
+        "errors": {"error": (1,), "norm": (1,)},
+        "sequential": {"change": wide, "moment": square, "count": (1,), "calls": (1,)},
+    }
+    return {name: (*adapted.stack_sizes, *shape) for name, shape in shapes[kind].items()}
 
 
-def capturing(plan: AdapterPlan, paths: Sequence[str], paired: bool = False, errors: bool = False) -> AdapterPlan:
+def capturing(plan: AdapterPlan, paths: Sequence[str], kind: Kind = "moments", ridge: float = RIDGE) -> AdapterPlan:
     """The plan with the methods at ``paths`` wrapped in ``Capture``."""
     sites = []
     for adapted in plan.sites:
         if adapted.site.path in paths:
-            wrapped = Capture(inner=adapted.adapter, paired=paired, errors=errors)
-            adapted = dataclasses.replace(adapted, adapter=wrapped)
+            adapted = dataclasses.replace(adapted, adapter=Capture(inner=adapted.adapter, kind=kind, ridge=ridge))
         sites.append(dataclasses.replace(adapted, group=()))
     return dataclasses.replace(plan, sites=tuple(sites))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "watched", "call", "paired"))
+@functools.partial(jax.jit, static_argnames=("model", "watched", "call"))
 def _add_batch(
     model: nn.Module,
     watched: AdapterPlan,
     call: ModelCall,
-    paired: bool,
     params: Any,
     leaves: Leaves,
-    controls: Mapping[str, SiteControls],
+    changes: Mapping[str, Array],
     batch: Batch,
     total: Any,
 ) -> Any:
     """``total`` and the sums of one more batch; compiled once for each model, plan and shape."""
-    if paired:
-        batch = jax.tree.map(lambda a: jnp.concatenate([a, a]), batch)
 
     def run(probes: Any) -> Any:
         own: dict[str, Any] = dict(leaves.params)
-        for path, control in controls.items():
-            given = {k: v for k, v in control._asdict().items() if v is not None}
-            extra = {EXTRA + name: value for name, value in {**given, **probes[path]}.items()}
-            own[path] = {**own[path], **extra}
+        for path, probe in probes.items():
+            given = {"change": changes[path]} if path in changes else {}
+            own[path] = {**own[path], **{EXTRA + name: value for name, value in {**given, **probe}.items()}}
         return forward(model, watched, params, leaves._replace(params=own), batch, call)
 
     zeros = jax.tree.map(jnp.zeros_like, total)
     return jax.tree.map(jnp.add, total, through_probes(run, zeros))
 
 
-def make_collector(
+def collect(
     model: nn.Module,
+    params: Any,
+    leaves: Leaves,
     plan: AdapterPlan,
     paths: Sequence[str],
+    batches: Iterable[Batch],
     call: ModelCall,
-    paired: bool = False,
-    errors: bool = False,
-) -> Callable[[Any, Leaves, Mapping[str, SiteControls], Iterable[Batch]], dict[str, dict[str, Array]]]:
-    """A function that runs batches and adds up the sums of the sites ``paths``.
+    changes: Mapping[str, Array] | None = None,
+) -> dict[str, dict[str, Array]]:
+    """Sums over the tokens of all batches at the sites ``paths``.
+
+    Args:
+        model: The base module.
+        params: Its frozen parameters.
+        leaves: The adapters.
+        plan: From ``resolve_sites``.
+        paths: Sites of the plan.
+        batches: Of one shape; every entry has the batch axis first.
+        call: Batch -> (args, kwargs, adapter inputs).
+        changes: {path: D: (layers..., in, out) float32}, to be judged.
 
     Returns:
-        (params, leaves, {path: controls}, batches) -> {path: {sum: (layers..., ...) float32}}. Sums are "xx", "xd" and
-        "count", or with ``errors`` "error" and "norm".
+        {path: {sum: (layers..., ...) float32}}: "xx", "xd" and "count", or with ``changes`` "error" and "norm".
     """
-    watched = capturing(plan, paths, paired, errors)
-
-    def collect(params, leaves, controls, batches):
-        total: Any = {
-            path: {name: jnp.zeros(shape) for name, shape in _probe_shapes(plan[path], errors).items()}
-            for path in paths
-        }
-        for batch in batches:
-            arrays = {name: jnp.asarray(value) for name, value in batch.items()}
-            total = _add_batch(model, watched, call, paired, params, leaves, controls, arrays, total)
-        return total
-
-    return collect
+    kind: Kind = "moments" if changes is None else "errors"
+    watched = capturing(plan, paths, kind)
+    total: Any = {path: _zeros(plan[path], kind) for path in paths}
+    for batch in batches:
+        arrays = {name: jnp.asarray(value) for name, value in batch.items()}
+        total = _add_batch(model, watched, call, params, leaves, changes or {}, arrays, total)
+    return total
 
 
-def controls_for(
-    adapted: AdaptedSite, wanted: Array | None = None, merged: Array | None = None, change: Array | None = None
-) -> SiteControls:
-    """``SiteControls`` that want every layer unless told otherwise."""
-    every = jnp.ones((*adapted.stack_sizes, 1))
-    return SiteControls(every if wanted is None else wanted, merged, change)
+def solve_in_order(
+    model: nn.Module,
+    params: Any,
+    leaves: Leaves,
+    plan: AdapterPlan,
+    paths: Sequence[str],
+    batches: Sequence[Batch],
+    call: ModelCall,
+    ridge: float = RIDGE,
+) -> dict[str, dict[str, Array]]:
+    """The change of each site in the order in which a pass reaches them, with those before it merged.
+
+    Returns:
+        {path: {"change": (layers..., in, out), "moment": (layers..., in, in) of the inputs in the merged model,
+        "count": (layers..., 1) tokens, "calls": (layers..., 1) of the site in a pass}}, float32.
+    """
+    rows = {name: jnp.concatenate([jnp.asarray(batch[name]) for batch in (*batches, *batches)]) for name in batches[0]}
+    watched = capturing(plan, paths, "sequential", ridge)
+    zeros = {path: _zeros(plan[path], "sequential") for path in paths}
+    return _add_batch(model, watched, call, params, leaves, {}, rows, zeros)
+
+
+def _zeros(adapted: AdaptedSite, kind: Kind) -> dict[str, Array]:
+    return {name: jnp.zeros(shape) for name, shape in _probe_shapes(adapted, kind).items()}

@@ -17,7 +17,7 @@ from jax import Array
 from mor_jax.adapters import Leaves
 from mor_jax.injection import AdapterPlan, link_leaves, site_kernels
 from mor_jax.injection.leaves import site_leaves
-from mor_jax.merging.calibration import Batch, ModelCall, controls_for, language_model_call, make_collector
+from mor_jax.merging.calibration import Batch, ModelCall, collect, language_model_call
 
 
 def earlier_shares(
@@ -50,10 +50,7 @@ def earlier_shares(
         raise ValueError("shares by input need at least one calibration batch")
     leaves = link_leaves(plan, leaves)
     paths = [s.site.path for name in plan.chained for s in plan.chains[name]]
-    sums: Any = {}
-    if by == "input":
-        collect = make_collector(model, plan, paths, call)
-        sums = collect(params, leaves, {path: controls_for(plan[path]) for path in paths}, batches)
+    sums = collect(model, params, leaves, plan, paths, batches, call) if by == "input" else {}
     shares: dict[str, Array] = {}
     for name in plan.chained:
         sites, norms = plan.chains[name], []

@@ -19,14 +19,7 @@ from jax import Array
 
 from mor_jax.adapters import Leaves
 from mor_jax.injection import AdapterPlan, site_kernels
-from mor_jax.merging.calibration import (
-    Batch,
-    ModelCall,
-    controls_for,
-    forward,
-    language_model_call,
-    make_collector,
-)
+from mor_jax.merging.calibration import Batch, ModelCall, collect, forward, language_model_call
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,14 +98,12 @@ def site_errors(
     call: ModelCall = language_model_call,
 ) -> dict[str, list[float]]:
     """{path: relative error of each layer}; 0 where the adapter does nothing and the kernel did not change."""
-    collect = make_collector(model, plan, plan.paths, call, errors=True)
-    changes = {s.site.path: site_kernels(merged, s).dense() - site_kernels(params, s).dense() for s in plan.sites}
-    controls = {
-        path: controls_for(plan[path], change=change.reshape(*plan[path].stack_sizes, *change.shape[-2:]))
-        for path, change in changes.items()
-    }
+    changes = {}
+    for adapted in plan.sites:
+        change = site_kernels(merged, adapted).dense() - site_kernels(params, adapted).dense()
+        changes[adapted.site.path] = change.reshape(*adapted.stack_sizes, *change.shape[-2:])
     found = {}
-    for path, sums in collect(params, leaves, controls, batches).items():
+    for path, sums in collect(model, params, leaves, plan, plan.paths, batches, call, changes).items():
         error, norm = (np.asarray(sums[name], np.float64).reshape(-1) for name in ("error", "norm"))
         ratio = np.where(norm > 0, error / np.where(norm > 0, norm, 1), np.where(error > 0, 1.0, 0.0))
         found[path] = np.sqrt(ratio).tolist()

@@ -2,14 +2,13 @@
 
     D = argmin E||x D - delta(x)||^2 = (E[x^T x] + eps I)^-1 E[x^T delta(x)],   eps = 1e-4 tr(E[x^T x]) / in
 
-from sums streamed over calibration batches. Sequentially, block i is calibrated on the inputs that it gets when the
-blocks before it are merged, with the routed model's deltas as targets, so that later blocks make up for earlier errors;
-that costs one pass over the batches a block. The systems are solved in float64 on the host.
+from sums streamed over calibration batches. Sequentially, each map is calibrated on the inputs that it gets when all
+before it are merged, with the routed model's deltas as targets, so that later maps make up for earlier errors; one pass
+over all batches at once does that. The systems are solved in float64.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,12 +19,17 @@ from jax import Array
 
 from mor_jax.adapters import Leaves
 from mor_jax.injection import AdaptedSite, AdapterPlan, link_leaves
-from mor_jax.merging.calibration import Batch, ModelCall, controls_for, language_model_call, make_collector
+from mor_jax.merging.calibration import (
+    RIDGE,
+    Batch,
+    ModelCall,
+    collect,
+    language_model_call,
+    solve_in_order,
+    solve_ridge,
+)
 from mor_jax.merging.exact import add_change, merge_site, merge_trained_modules, update_site
 from mor_jax.merging.factors import with_loras
-
-RIDGE = 1e-4
-_BLOCK = re.compile(r"(?:.*?/)?(?:layers?|blocks?|h)(?:[_/]?\d+)?(?=/|$)")
 
 
 class Calibration(NamedTuple):
@@ -40,55 +44,9 @@ class Calibration(NamedTuple):
     second_moments: dict[str, Array]
 
 
-def solve_ridge(second_moment: np.ndarray, cross: np.ndarray, ridge: float = RIDGE) -> np.ndarray:
-    """(C + ridge tr(C) / in I)^-1 R in float64; zeros where no input was ever seen.
-
-    Args:
-        second_moment: C = E[x^T x]: (in, in).
-        cross: R = E[x^T delta]: (in, out).
-        ridge: How much of the mean eigenvalue is added to the diagonal.
-    """
-    moment, cross = np.asarray(second_moment, np.float64), np.asarray(cross, np.float64)
-    eps = ridge * np.trace(moment) / len(moment)
-    if eps <= 0:
-        return np.zeros_like(cross)
-    return np.linalg.solve(moment + eps * np.eye(len(moment)), cross)
-
-
 def routed_paths(plan: AdapterPlan) -> tuple[str, ...]:
     """Paths of the sites whose gate depends on the input."""
     return tuple(s.site.path for s in plan.sites if not s.adapter.merges_exactly)
-
-
-def calibration_blocks(plan: AdapterPlan) -> list[list[tuple[str, tuple[int, ...]]]]:
-    """The routed sites in the order in which a sequential merge takes them, block by block.
-
-    Returns:
-        For each block its (path, layer index) pairs; the index is () outside scans. A block is one layer of a scanned
-        stack, one module named like ``layers_3``, or else a site on its own.
-    """
-    blocks: dict[Any, list[tuple[str, tuple[int, ...]]]] = {}
-    for path in routed_paths(plan):
-        adapted = plan[path]
-        found = _BLOCK.match(path)
-        stem = found.group() if found else (path.split("/")[0] if adapted.stack_sizes else path)
-        for index in np.ndindex(adapted.stack_sizes):
-            blocks.setdefault((stem, adapted.stack_sizes, index), []).append((path, index))
-    return list(blocks.values())
-
-
-def _solve(sums: Mapping[str, Any], index: tuple[int, ...], path: str, ridge: float) -> tuple[np.ndarray, np.ndarray]:
-    """(D, C) of one layer of one site."""
-    tokens = float(np.asarray(sums["count"][index])[0])
-    if tokens <= 0:
-        raise ValueError(f"no calibration token reached {path}")
-    moment = np.asarray(sums["xx"][index], np.float64) / tokens
-    return solve_ridge(moment, np.asarray(sums["xd"][index], np.float64) / tokens, ridge), moment
-
-
-def _zeros(adapted: AdaptedSite, *shape: int) -> np.ndarray:
-    """(layers..., *shape) float32."""
-    return np.zeros((*adapted.stack_sizes, *shape), np.float32)
 
 
 def least_squares(
@@ -109,37 +67,36 @@ def least_squares(
         params: Its frozen parameters.
         leaves: The adapters.
         plan: From ``resolve_sites``.
-        batches: Calibration batches; every entry has the batch axis first. All sites' sums are held at once, which is
-            (in^2 + in out) float32 numbers a site and layer, and sequentially another in out.
+        batches: Calibration batches of one shape; every entry has the batch axis first. All sites' sums are held at
+            once, which is (in^2 + in out) float32 numbers a site and layer.
         call: Batch -> (args, kwargs, adapter inputs).
-        sequential: Calibrate each block with the blocks before it merged: one pass over ``batches`` a block, with
-            doubled batches.
+        sequential: Calibrate each site with the sites before it merged. All batches then run as one, twice as long: it
+            takes the memory of a forward pass over them.
         ridge: eps / mean eigenvalue.
 
     Raises:
-        ValueError: if there is no calibration token.
+        ValueError: There is no calibration token, or sequentially a site that the model calls more than once.
     """
     paths, batches = routed_paths(plan), list(batches)
-    changes = {path: _zeros(plan[path], plan[path].site.in_features, plan[path].site.out_features) for path in paths}
-    moments = {path: _zeros(plan[path], plan[path].site.in_features, plan[path].site.in_features) for path in paths}
-    merged = {path: _zeros(plan[path], 1) for path in paths}
-    collect = make_collector(model, plan, paths, call, paired=sequential)
-    steps = calibration_blocks(plan)
-    if not sequential:
-        steps = [[pair for step in steps for pair in step]]
-    for block in steps:
-        wanted = {path: np.zeros_like(merged[path]) for path in paths}
-        for path, index in block:
-            wanted[path][index] = 1
-        controls = {
-            path: controls_for(plan[path], *(jnp.asarray(v) for v in (wanted[path], merged[path], changes[path])))
-            for path in paths
-        }
-        sums = collect(params, leaves, controls, batches)
-        for path, index in block:
-            changes[path][index], moments[path][index] = _solve(sums[path], index, path, ridge)
-            merged[path][index] = 1
-    return Calibration({p: jnp.asarray(v) for p, v in changes.items()}, {p: jnp.asarray(v) for p, v in moments.items()})
+    own = (model, params, leaves, plan, paths, batches, call)
+    found = solve_in_order(*own, ridge) if sequential else collect(*own)
+    for path, sums in found.items():
+        if not bool((sums["count"] > 0).all()):
+            raise ValueError(f"no calibration token reached {path}")
+        if sequential and bool((sums["calls"] > 1).any()):
+            raise ValueError(f"{path} is called more than once in a pass: calibrate it with sequential=False")
+    if sequential:
+        return Calibration(*({path: sums[name] for path, sums in found.items()} for name in ("change", "moment")))
+    solved = {path: _solve(plan[path], sums, ridge) for path, sums in found.items()}
+    return Calibration(*({path: pair[i] for path, pair in solved.items()} for i in (0, 1)))
+
+
+def _solve(adapted: AdaptedSite, sums: Mapping[str, Array], ridge: float) -> tuple[Array, Array]:
+    """(D, C) of a site, layer axes leading."""
+    count = sums["count"][..., None]
+    moment, cross = sums["xx"] / count, sums["xd"] / count
+    changes = [solve_ridge(moment[index], cross[index], ridge) for index in np.ndindex(adapted.stack_sizes)]
+    return jnp.stack(changes).reshape(cross.shape), moment
 
 
 def merge_changes(

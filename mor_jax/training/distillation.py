@@ -32,9 +32,8 @@ from mor_jax.merging import (
     refactor,
     routed_logits,
 )
-from mor_jax.merging.calibration import Batch
+from mor_jax.merging.calibration import RIDGE, Batch
 from mor_jax.merging.fidelity import counted_rows
-from mor_jax.merging.least_squares import RIDGE
 from mor_jax.optim.rules import Rules
 from mor_jax.training.step import Loss, NonFiniteError, TrainState, make_step
 
