@@ -39,6 +39,20 @@ def test_step_program_trains_the_adapter_alone(bench):
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(bench.params))
 
 
+def test_benchmark_plan_and_training_take_one_step(bench, monkeypatch, tmp_path):
+    """The program of the rows, that of `mor plan` and that of `mor train` are what one `make_step` returns."""
+    import programs
+
+    from mor_jax.training import loop, plan, step
+
+    assert programs.make_step is plan.make_step is loop.make_step is step.make_step
+    made = []
+    monkeypatch.setattr(
+        programs, "make_step", lambda *args, **options: made.append(step.make_step(*args, **options)) or made[-1]
+    )
+    assert bench.step(LoRA(rank=2)).function is made[0].function
+
+
 def test_floor_program_has_the_loss_of_the_untrained_step(bench):
     floor = float(bench.program("floor").run())
     assert floor == pytest.approx(float(bench.step(LoRA(rank=16)).compile("fresh").run()["loss"]), rel=1e-5)

@@ -121,8 +121,32 @@ class ConvolutionalNet(nn.Module):
     @nn.compact
     def __call__(self, images):
         x = nn.avg_pool(nn.relu(nn.Conv(8, (3, 3))(images)), (2, 2), strides=(2, 2))
+        x = nn.avg_pool(nn.relu(nn.Conv(12, (3, 3))(x)), (2, 2), strides=(2, 2))
         x = nn.relu(nn.Dense(24, name="hidden")(x.reshape(x.shape[0], -1)))
         return nn.Dense(5, name="head")(x)
+
+
+class LanguageModel(nn.Module):
+    """The shape of flax's LM1B example: causal attention of flax's own, the table of the input as the output's head."""
+
+    @nn.compact
+    def __call__(self, ids):
+        embed = nn.Embed(40, 16, name="shared_embedding")
+        x = embed(ids) + nn.Embed(LENGTH, 16, name="position")(jnp.arange(ids.shape[1]))
+        attention = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=12, name="attention")
+        x = x + attention(nn.LayerNorm()(x), mask=nn.make_causal_mask(ids))
+        x = x + nn.Dense(16, name="mlp_out")(nn.relu(nn.Dense(24, name="mlp_in")(nn.LayerNorm()(x))))
+        return embed.attend(nn.LayerNorm()(x)) / 4
+
+
+def language_model() -> Foreign:
+    return Foreign(
+        model=LanguageModel(),
+        args=(TOKENS,),
+        logits=lambda out: out,
+        targets=("query", "value", "attention.out", "mlp_in", "mlp_out"),
+        layout={"": plain},
+    )
 
 
 def vision_transformer() -> Foreign:
@@ -143,6 +167,7 @@ def convolutional_net() -> Foreign:
 
 MODELS = {
     "gemma": gemma,
+    "language_model": language_model,
     "vision_transformer": vision_transformer,
     "convolutional_net": convolutional_net,
 }

@@ -117,6 +117,7 @@ def test_ten_steps_lower_the_loss_and_the_merge_computes_the_same(case):
 def test_the_readme_finds_the_sites_of_gemma_2b():
     pytest.importorskip("gemma.transformer", reason=GEMMA_MISSING)
     (source,) = re.findall(r"```py\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text(), re.S)
+    assert len(source.split("\n")) <= 12  # ten lines, an empty one, and the end
     names = {}
     exec(compile(source, "README.md", "exec"), names)
     sites = {adapted.site.path: adapted.site for adapted in names["plan"].sites}

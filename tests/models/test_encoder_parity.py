@@ -141,6 +141,33 @@ def test_three_packed_segments_equal_three_runs(pair, ids):
         start += length
 
 
+@pytest.mark.parametrize("name", ["bert_classifier", "roberta_classifier"])
+def test_gradients_of_a_classifier_equal_torch(name, ids, tmp_path):
+    """Of every parameter, by the mean loss over classes that training has."""
+    from safetensors.torch import save_file
+
+    pair, classes = Pair(name, tmp_path), np.array([2, 0, 1])
+    torch.nn.functional.cross_entropy(pair.torch_model(torch.tensor(ids)).logits, torch.tensor(classes)).backward()
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in pair.torch_model.named_parameters()}
+    save_file(gradients, tmp_path / "model.safetensors")
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        logits = Encoder(pair.config).apply({"params": params}, ids, output="logits")
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(classes)[:, None], axis=-1).mean()
+
+    theirs = load_params(tmp_path, pair.config)
+    jax.tree.map_with_path(
+        lambda path, ours, wanted: np.testing.assert_allclose(
+            ours, wanted, atol=1e-5 + 1e-4 * np.abs(wanted).max(), rtol=0, err_msg=str(path)
+        ),
+        gradient(pair.params),
+        theirs,
+    )
+    assert min(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(theirs["encoder"]["layer"]["output"])) > 1e-4
+
+
 def test_loop_and_remat_equal_scan(pair, ids):
     loop = replace(pair.config, scan_layers=False, remat="full")
     params = load_params(pair.directory, loop)
@@ -252,3 +279,15 @@ def test_minilm_tells_paraphrases_from_unrelated_sentences(minilm):
     similar = vectors @ vectors.T
     assert similar[0, 1] > 0.6
     assert np.abs(similar[:2, 2:]).max() < 0.12
+
+
+def test_minilm_has_the_similarities_that_are_published(minilm):
+    """Those that sbert.net prints for this model and these sentences, to their four digits."""
+    folder, config, params, _ = minilm
+    texts = ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]
+    batch = transformers.AutoTokenizer.from_pretrained(str(folder))(texts, padding=True, return_tensors="np")
+    mask = jnp.asarray(batch["attention_mask"])
+    hidden = Encoder(config).apply({"params": params}, batch["input_ids"], None, mask, output="hidden")
+    vectors = np.asarray(mean_embedding(hidden, mask))
+    published = [[1.0, 0.6660, 0.1046], [0.6660, 1.0, 0.1411], [0.1046, 0.1411, 1.0]]
+    np.testing.assert_allclose(vectors @ vectors.T, published, atol=1e-4, rtol=0)

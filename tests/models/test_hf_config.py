@@ -71,6 +71,29 @@ def test_fields_left_out_have_the_defaults_of_transformers(tmp_path, model_type,
     assert ours.sliding_window == (theirs.sliding_window if model_type == "mistral" else None)
 
 
+@pytest.mark.oracle
+@pytest.mark.parametrize(("model_type", "kind"), [("gemma2", "Gemma2Config"), ("gemma3_text", "Gemma3TextConfig")])
+def test_fields_that_a_gemma_leaves_out_have_the_defaults_of_transformers(tmp_path, model_type, kind):
+    pytest.importorskip("torch")
+    import transformers
+
+    sizes = {**SIZES, "num_hidden_layers": 7}
+    theirs, ours = getattr(transformers, kind)(**sizes), read(tmp_path, model_type=model_type, **sizes)
+    assert (ours.num_kv_heads, ours.head_dim) == (theirs.num_key_value_heads, theirs.head_dim)
+    assert ours.rms_norm_eps == theirs.rms_norm_eps
+    assert ours.max_position_embeddings == theirs.max_position_embeddings
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert ours.hidden_act == theirs.hidden_activation
+    assert ours.sliding_window == theirs.sliding_window
+    assert ours.query_scalar == theirs.query_pre_attn_scalar
+    assert ours.attention_softcap == getattr(theirs, "attn_logit_softcapping", None)
+    assert ours.logit_softcap == theirs.final_logit_softcapping
+    assert ours.sliding_layers == tuple(kind == "sliding_attention" for kind in theirs.layer_types)
+    theta = theirs.rope_parameters
+    assert ours.rope_theta == theta.get("full_attention", theta)["rope_theta"]
+    assert (ours.sliding_rope_theta or ours.rope_theta) == theta.get("sliding_attention", theta)["rope_theta"]
+
+
 def test_old_and_new_spellings_of_rotary_settings(tmp_path):
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     llama = {"model_type": "llama", **SIZES}
