@@ -1,4 +1,4 @@
-"""The launch recipes name flags and fields that exist, and restart what is worth it: run with made-up launchers here."""
+"""The launch recipes name flags and fields that exist, and restart what is worth it: run with launchers made up."""
 
 import os
 import re
