@@ -11,8 +11,10 @@ import optax
 import pytest
 
 from mor_jax.adapters import make_adapter
-from mor_jax.injection import Adapted, init_leaves, resolve_sites
+from mor_jax.injection import DEFAULT_KINDS, Adapted, InjectionError, init_leaves, resolve_sites
 from mor_jax.merging import merge
+from mor_jax.training.adapter_file import load_adapter, save_adapter
+from mor_jax.training.checkpoint import fingerprint
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -112,6 +114,19 @@ def test_ten_steps_lower_the_loss_and_the_merge_computes_the_same(case):
     merged = merge(case.params, case.leaves._replace(params=adapters), case.plan)
     assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, dict(case.params))
     np.testing.assert_allclose(case.base_forward(merged), case.forward(adapters), atol=2e-5, rtol=1e-4)
+
+
+def test_a_saved_adapter_is_the_same_when_it_is_loaded(case, tmp_path):
+    foreign = case.foreign
+    folder = save_adapter(tmp_path / "adapter", case.plan, case.nudged, {"base_fingerprint": fingerprint(case.params)})
+    plan, leaves, _ = load_adapter(
+        folder, foreign.model, case.params, *foreign.args, kinds=foreign.kinds, **foreign.kwargs
+    )
+    assert plan == case.plan
+    jax.tree.map(np.testing.assert_array_equal, leaves, case.nudged)
+    if foreign.kinds != DEFAULT_KINDS:
+        with pytest.raises(InjectionError, match="LinearKind"):
+            load_adapter(folder, foreign.model, case.params, *foreign.args, **foreign.kwargs)
 
 
 def test_the_readme_finds_the_sites_of_gemma_2b():
