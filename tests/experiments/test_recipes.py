@@ -113,12 +113,12 @@ def test_slurm_requeues_lost_workers_and_never_bad_input(launch, codes, code, re
     assert launch("slurm.sbatch", codes) == (code, 1, requeued)
 
 
-def test_slurm_requeues_only_so_often(launch):
-    assert launch("slurm.sbatch", "3 3", restart="19") == (3, 1, True)
-
-
-def test_slurm_gives_up(launch):
-    assert launch("slurm.sbatch", "3 3", restart="20") == (3, 1, False)
+@pytest.mark.parametrize(
+    ("codes", "restart", "code", "requeued"),
+    [("3 3", "19", 3, True), ("3 3", "20", 3, False), ("137 3", "20", 137, False), ("143 143", "20", 143, True)],
+)
+def test_slurm_requeues_lost_workers_only_so_often(launch, codes, restart, code, requeued):
+    assert launch("slurm.sbatch", codes, restart) == (code, 1, requeued)
 
 
 @pytest.mark.parametrize(("codes", "code", "starts"), [("0", 0, 1), ("2", 2, 1), ("143", 143, 1), ("3", 3, 21)])
