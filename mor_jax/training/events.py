@@ -17,6 +17,8 @@ import optax
 from mor_jax.adapters import AdapterInputs, Leaves
 from mor_jax.optim import EventRule, Rules
 from mor_jax.training.accumulation import batch_inputs
+from mor_jax.training.backend import compiler_options
+from mor_jax.training.sharding import on_mesh
 from mor_jax.training.step import Loss, StateShardings, TrainState
 
 
@@ -68,13 +70,15 @@ def make_events(
       shardings: of `init_state`; None compiles for wherever the arguments are.
       batch: on the devices, to score on; None takes the step's.
     """
-    options: dict[str, Any] = {"donate_argnums": 0}
+    mesh = None if shardings is None else shardings.batch.mesh
+    options: dict[str, Any] = {"donate_argnums": 0, "compiler_options": compiler_options(mesh)}
     if shardings is not None:
         options["in_shardings"] = (shardings.state, shardings.params, shardings.constants, shardings.batch)
         options["out_shardings"] = (shardings.state, shardings.metrics)
     functions = {}
     for number, rule in enumerate(rules.events):
-        functions[rules.name_of(number)] = jax.jit(_event(rules.name_of(number), rule, optimizer, loss), **options)
+        name = rules.name_of(number)
+        functions[name] = jax.jit(on_mesh(_event(name, rule, optimizer, loss), mesh), **options)
     return Events(rules, functions, {} if constants is None else constants, batch)
 
 
