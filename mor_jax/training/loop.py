@@ -37,7 +37,6 @@ from mor_jax.training.distributed import (
     Pulse,
     barrier,
     check_same_everywhere,
-    first_decides,
     gathered,
     is_alone,
     is_first,
@@ -55,10 +54,10 @@ from mor_jax.training.metrics import (
 )
 from mor_jax.training.optimizer import make_schedule
 from mor_jax.training.run_folder import (
-    check_output_dir,
+    Start,
     check_same_base,
-    check_same_run,
     environment,
+    find_start,
     write_run_folder,
 )
 from mor_jax.training.signals import StopRequest
@@ -90,12 +89,8 @@ def train(config: TrainConfig, optimizer: optax.GradientTransformation | None = 
       KeyboardInterrupt: Ctrl-C; saved.
     """
     with StopRequest() as stop:
-        first_decides(lambda: check_output_dir(config))
-        checkpoints = Checkpoints(Path(config.output_dir) / "checkpoints", config.keep_checkpoints)
-        saved = checkpoints.newest_metadata() if config.resume else None
-        if saved is not None:
-            check_same_run(config, saved, optimizer is not None)
-        return run_training(build_run(config, optimizer), stop, custom_optimizer=optimizer is not None)
+        start = find_start(config, optimizer is not None)  # before the model is read
+        return _run_from(start, build_run(config, optimizer), stop, optimizer is not None)
 
 
 def run_training(run: Run, stop: StopRequest | None = None, custom_optimizer: bool = False) -> dict[str, Any]:
@@ -106,8 +101,11 @@ def run_training(run: Run, stop: StopRequest | None = None, custom_optimizer: bo
       stop: tells when to stop; None never does.
       custom_optimizer: whether the optimiser is other than `run.config` names.
     """
-    first_decides(lambda: check_output_dir(run.config))
-    loop = _set_up(run, stop or StopRequest(), custom_optimizer)
+    return _run_from(find_start(run.config, custom_optimizer), run, stop or StopRequest(), custom_optimizer)
+
+
+def _run_from(start: Start, run: Run, stop: StopRequest, custom_optimizer: bool) -> dict[str, Any]:
+    loop = _set_up(run, start, stop, custom_optimizer)
     try:
         loop.run_steps()
         result = loop.finish()
@@ -259,7 +257,7 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _set_up(run: Run, stop: StopRequest, custom_optimizer: bool) -> _Loop:
+def _set_up(run: Run, start: Start, stop: StopRequest, custom_optimizer: bool) -> _Loop:
     """State, restored or new; the table; compiled programs; then, all being well, the run folder."""
     config = run.config
     rules = plan_rules(run.plan, config.steps)
@@ -268,8 +266,7 @@ def _set_up(run: Run, stop: StopRequest, custom_optimizer: bool) -> _Loop:
     state, constants, shardings = init_state(key, run.adapted, run.params, run.optimizer, run.mesh, run.specs, rules)
     assert shardings is not None  # there is a mesh
     metadata = _metadata(run, custom_optimizer)
-    checkpoints = Checkpoints(Path(config.output_dir) / "checkpoints", config.keep_checkpoints)
-    done, state, losses = _restore(run, checkpoints, state, metadata) if config.resume else (0, state, [])
+    done, state, losses = _restore(run, start, state, metadata) if config.resume else (0, state, [])
     if is_first():
         print_targets(target_rows(run, state.adapters), f"{config.method} on {config.model}")
     step = make_step(
@@ -301,7 +298,7 @@ def _set_up(run: Run, stop: StopRequest, custom_optimizer: bool) -> _Loop:
         state=state,
         constants=constants,
         evaluation=evaluation,
-        checkpoints=checkpoints,
+        checkpoints=start.checkpoints,
         output=Output(write_run_folder(config), config.steps, done, config.log_every) if is_first() else None,
         pulse=pulse,
         metadata=metadata,
@@ -332,15 +329,14 @@ def _score_batch(run: Run, rules: Rules) -> Any:
 
 
 def _restore(
-    run: Run, checkpoints: Checkpoints, state: TrainState, metadata: Mapping[str, Any]
+    run: Run, start: Start, state: TrainState, metadata: Mapping[str, Any]
 ) -> tuple[int, TrainState, list[float]]:
     """(steps done, state, last losses) of the newest good checkpoint, the data at its place; a start without one."""
-    saved = checkpoints.newest_metadata()
+    step, saved = start.newest or (None, None)
     if saved is not None:
-        check_same_run(run.config, saved, metadata["custom_optimizer"])
         check_same_base(run.config, saved, metadata["base_fingerprint"])
         _check_place(run, saved["iterator"])
-    found = checkpoints.restore(_items(state))
+    found = start.checkpoints.restore(_items(state), step)
     if found is None:
         _LOGGER.warning("%s has no checkpoint: starting from step 0", run.config.output_dir)
         return 0, state, []

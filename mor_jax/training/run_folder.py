@@ -20,12 +20,14 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 import mor_jax
+from mor_jax.training.checkpoint import Checkpoints
 from mor_jax.training.config import ConfigError, TrainConfig, config_to_mapping, save_config
+from mor_jax.training.distributed import first_decides
 
 _LOGGER = logging.getLogger(__name__)
 _PACKAGES = ("mor_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "transformers")
@@ -48,6 +50,23 @@ _CONTENT = {
     "labels",
 }  # may have moved, or been found in the data: the fingerprint and the packing plan tell whether they are the same
 _ROUNDING = {"mesh", "remat", "loss_chunk", "attention_implementation"}  # the same mathematics in another order
+
+
+class Start(NamedTuple):
+    """The checkpoints of a run folder, and the (step, metadata) of the one to go on from."""
+
+    checkpoints: Checkpoints
+    newest: tuple[int, dict[str, Any]] | None
+
+
+def find_start(config: TrainConfig, custom_optimizer: bool) -> Start:
+    """Where a run begins; reads no model, writes nothing, and raises as the two checks below."""
+    first_decides(lambda: check_output_dir(config))
+    checkpoints = Checkpoints(Path(config.output_dir) / "checkpoints", config.keep_checkpoints)
+    newest = checkpoints.newest() if config.resume else None
+    if newest is not None:
+        check_same_run(config, newest[1], custom_optimizer)
+    return Start(checkpoints, newest)
 
 
 def check_output_dir(config: TrainConfig) -> None:

@@ -15,7 +15,7 @@ from mor_jax.adapters import AdapterInputs
 from mor_jax.cli.main import exit_code, main
 from mor_jax.injection import Adapted
 from mor_jax.models import Decoder
-from mor_jax.training import TrainConfig, build_run, load_config, run_training, save_config, train
+from mor_jax.training import TrainConfig, build_run, checkpoint, load_config, run_training, save_config, train
 from mor_jax.training.adapter_file import load_adapter, read_description
 from mor_jax.training.build import base_config
 from mor_jax.training.checkpoint import Checkpoints
@@ -160,11 +160,16 @@ def test_a_flipped_bit_in_any_file_is_found_and_named(finished, copy):
     assert "manifest.json" in {path.name for path in whole}
 
 
-def test_resume_falls_back_to_the_checkpoint_before_a_bad_one(finished, copy):
+def test_resume_falls_back_to_the_checkpoint_before_a_bad_one(finished, copy, monkeypatch):
     run, _ = finished
     bad = next(path for path in (copy / "checkpoints" / "8" / "opt_state").rglob("d/*") if path.is_file())
     _flip(bad)
+    verified = []
+    monkeypatch.setattr(
+        checkpoint, "verify_manifest", lambda folder: verified.append(folder.name) or verify_manifest(folder)
+    )
     train(dataclasses.replace(load_config(copy / "config.yaml"), output_dir=str(copy), resume=True))
+    assert verified.count("4") == 1  # large models have large checkpoints
     assert (copy / "checkpoints" / "bad" / "8").is_dir()
     tiny_runs.assert_same_end(run, copy, 8)
 
