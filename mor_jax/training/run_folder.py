@@ -60,12 +60,19 @@ class Start(NamedTuple):
 
 
 def find_start(config: TrainConfig, custom_optimizer: bool) -> Start:
-    """Where a run begins; reads no model, writes nothing, and raises as the two checks below."""
+    """Where a run begins; reads no model, writes nothing, and raises as the two checks below.
+
+    Raises:
+      ConfigError: the newest good checkpoint is of a later step than the run's last.
+    """
     first_decides(lambda: check_output_dir(config))
     checkpoints = Checkpoints(Path(config.output_dir) / "checkpoints", config.keep_checkpoints)
     newest = checkpoints.newest() if config.resume else None
     if newest is not None:
-        check_same_run(config, newest[1], custom_optimizer)
+        done, saved = newest
+        check_same_run(config, saved, custom_optimizer)
+        if done > config.steps:
+            raise ConfigError(f"steps={config.steps}: the checkpoint is of step {done}: give at least that")
     return Start(checkpoints, newest)
 
 

@@ -19,6 +19,7 @@ from mor_jax.training import TrainConfig, build_run, checkpoint, load_config, ru
 from mor_jax.training.adapter_file import load_adapter, read_description
 from mor_jax.training.build import base_config
 from mor_jax.training.checkpoint import Checkpoints
+from mor_jax.training.config import ConfigError
 from mor_jax.training.integrity import IntegrityError, verify_manifest
 from mor_jax.training.losses import cross_entropy
 from mor_jax.training.step import NonFiniteError
@@ -235,6 +236,10 @@ def test_resume_without_anything_starts_and_a_constant_schedule_may_go_on(files,
     train(tiny_runs.config_of(files, tmp_path / "run", resume=True, **fields))
     train(tiny_runs.config_of(files, tmp_path / "whole", **fields))
     tiny_runs.assert_same_end(tmp_path / "whole", tmp_path / "run", 8)
+    before = _tree(tmp_path / "run")
+    with pytest.raises(ConfigError, match="steps=4: the checkpoint is of step 8: give at least that"):
+        train(tiny_runs.config_of(files, tmp_path / "run", resume=True, **fields | {"steps": 4}))
+    assert _tree(tmp_path / "run") == before
 
 
 class _Poisoned:
