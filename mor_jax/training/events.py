@@ -85,6 +85,8 @@ def make_events(
 def _event(name: str, rule: EventRule, optimizer: optax.GradientTransformation, loss: Loss) -> Any:
     def event(state: TrainState, params: Any, constants: Any, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         def score(leaves: Leaves) -> jax.Array:
+            if not rule.event.scores:
+                raise TypeError(f"{type(rule.event).__name__} asks for a score: set its scores = True")
             collections = {"adapters": leaves.params, "adapter_state": leaves.state, "adapter_constants": constants}
             inputs = batch_inputs(AdapterInputs(deterministic=True), batch, None)
             total, tokens = loss({"params": params, **collections}, batch, inputs)

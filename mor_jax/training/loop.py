@@ -56,6 +56,7 @@ from mor_jax.training.optimizer import make_schedule
 from mor_jax.training.run_folder import (
     Start,
     check_same_base,
+    check_same_score_batch,
     environment,
     find_start,
     write_run_folder,
@@ -265,7 +266,8 @@ def _set_up(run: Run, start: Start, stop: StopRequest, custom_optimizer: bool) -
     key = jax.random.key(config.seed, impl="threefry2x32")
     state, constants, shardings = init_state(key, run.adapted, run.params, run.optimizer, run.mesh, run.specs, rules)
     assert shardings is not None  # there is a mesh
-    metadata = _metadata(run, custom_optimizer)
+    score_batch = _score_batch(run, rules)
+    metadata = _metadata(run, custom_optimizer, score_batch)
     done, state, losses = _restore(run, start, state, metadata) if config.resume else (0, state, [])
     if is_first():
         print_targets(target_rows(run, state.adapters), f"{config.method} on {config.model}")
@@ -281,7 +283,7 @@ def _set_up(run: Run, start: Start, stop: StopRequest, custom_optimizer: bool) -
         rules=rules,
     )
     events = make_events(
-        rules, run.optimizer, loss=run.loss, constants=constants, shardings=shardings, batch=_score_batch(run, rules)
+        rules, run.optimizer, loss=run.loss, constants=constants, shardings=shardings, batch=score_batch
     )
     evaluation = None
     if run.eval_batches is not None:
@@ -308,7 +310,7 @@ def _set_up(run: Run, start: Start, stop: StopRequest, custom_optimizer: bool) -
     )
 
 
-def _metadata(run: Run, custom_optimizer: bool) -> dict[str, Any]:
+def _metadata(run: Run, custom_optimizer: bool, score_batch: Any) -> dict[str, Any]:
     """What every checkpoint says of the run, once all processes have found that they are about to do the same."""
     config = config_to_mapping(run.config)
     check_same_everywhere(
@@ -318,12 +320,13 @@ def _metadata(run: Run, custom_optimizer: bool) -> dict[str, Any]:
         "config": config,
         "base_fingerprint": fingerprint(run.params),
         "custom_optimizer": custom_optimizer,
+        "score_batch": None if score_batch is None else fingerprint(score_batch),
     }
 
 
 def _score_batch(run: Run, rules: Rules) -> Any:
     """The first held-out batch on the devices, which events score on; None where nothing is held out or scored."""
-    if not rules.events or run.eval_batches is None:
+    if run.eval_batches is None or not any(rule.event.scores for rule in rules.events):
         return None
     return put_batch(next(iter(run.eval_batches())), run.mesh)
 
@@ -335,6 +338,7 @@ def _restore(
     step, saved = start.newest or (None, None)
     if saved is not None:
         check_same_base(run.config, saved, metadata["base_fingerprint"])
+        check_same_score_batch(run.config, saved, metadata["score_batch"])
         _check_place(run, saved["iterator"])
     found = start.checkpoints.restore(_items(state), step)
     if found is None:

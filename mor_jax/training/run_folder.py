@@ -38,7 +38,7 @@ _FREE = {
     "resume",
     "save_every",
     "keep_checkpoints",
-    "eval_data",
+    "eval_data",  # but for what events score on, of which `check_same_score_batch` tells
     "eval_every",
     "eval_batches",
     "log_every",
@@ -135,6 +135,19 @@ def check_same_base(config: TrainConfig, metadata: Mapping[str, Any], base_finge
         raise ConfigError(
             f"model={config.model!r}: its weights are not those that the checkpoint was trained on"
             f" ({metadata['config']['model']!r}): resume with the same base"
+        )
+
+
+def check_same_score_batch(config: TrainConfig, metadata: Mapping[str, Any], score_batch: str | None) -> None:
+    """Returns when the events score on the batch that they scored on before the checkpoint, if on any.
+
+    Raises:
+      ConfigError: it is another one.
+    """
+    if metadata.get("score_batch") != score_batch:
+        raise ConfigError(
+            f"eval_data={list(config.eval_data)!r}: its first batch, which the events of a method score on, is"
+            f" not that of the checkpoint ({metadata['config']['eval_data']!r}): resume with the same held-out data"
         )
 
 

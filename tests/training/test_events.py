@@ -28,6 +28,7 @@ class Ask(Event):
     """Reports the score of the leaves as they are, and without any."""
 
     name: ClassVar[str] = "ask"
+    scores: ClassVar[bool] = True
 
     def due(self, step):
         return True
@@ -80,6 +81,24 @@ def test_the_score_is_minus_the_cross_entropy_of_the_development_batch(layout, w
         np.testing.assert_allclose(found[name], -_cross_entropy(adapted, params, own, development), rtol=1e-5)
     assert found["all"] != found["none"]
     assert seen == {ways}
+
+
+@dataclass(frozen=True)
+class AskInSecret(Ask):
+    """Would be scored on held-out data that a resumed run may change."""
+
+    scores: ClassVar[bool] = False
+
+
+def test_an_event_that_scores_must_say_so():
+    adapted, params = adapted_decoder("lora", rank=2), params_of()
+    rules = Rules(events=(EventRule(AskInSecret(), ((adapted.plan.sites[0].site.path, (2,)),)),))
+    state, constants, _ = init_state(jax.random.key(0), adapted, params, optax.sgd(0.1), rules=rules)
+    events = make_events(rules, optax.sgd(0.1), loss=decoder_loss(adapted), constants=constants)
+    with pytest.raises(TypeError, match="AskInSecret asks for a score: set its scores = True"):
+        events(1, state, params, random_batch())
+    run = types.SimpleNamespace(eval_batches=lambda: iter([random_batch()]), mesh=make_mesh("data=1"))
+    assert _score_batch(run, rules) is None
 
 
 def test_the_development_batch_is_the_first_held_out_one():
