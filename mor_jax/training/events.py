@@ -42,13 +42,21 @@ class Events:
         """(the state after the events of step `step`, {event: its report, on the devices})."""
         reports = {}
         for name, rule in self.rules.due(step):
-            batch = batch if self.batch is None else self.batch
-            state, reports[rule.name] = self.functions[name](state, params, self.constants, batch)
+            state, reports[rule.name] = self.functions[name](state, params, self.constants, self._scored(batch))
         return state, reports
+
+    def compile(self, steps: range, state: TrainState, params: Any, batch: Any) -> None:
+        """Compiles the rules that are due after any of these steps, for batches like this one."""
+        due = dict.fromkeys(name for step in steps for name, _ in self.rules.due(step))  # all processes in one order
+        for name in due:
+            self.functions[name].lower(state, params, self.constants, self._scored(batch)).compile()
 
     def cache_size(self) -> int:
         """How many programs were compiled."""
         return sum(function._cache_size() for function in self.functions.values())
+
+    def _scored(self, batch: Any) -> Any:
+        return batch if self.batch is None else self.batch
 
 
 def make_events(

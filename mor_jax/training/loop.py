@@ -291,7 +291,7 @@ def _set_up(run: Run, start: Start, stop: StopRequest, custom_optimizer: bool) -
             run.loss, run.eval_batches, mesh=run.mesh, constants=constants, shardings=shardings, tasks=run.tasks
         )
     pulse = None if is_alone() else Pulse(run.mesh)
-    _compile(run, step, evaluation, pulse, state, done)
+    _compile(run, step, events, evaluation, pulse, state, done)
     return _Loop(
         run=run,
         stop=stop,
@@ -366,15 +366,22 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 def _compile(
-    run: Run, step: Step, evaluation: Evaluation | None, pulse: Pulse | None, state: TrainState, done: int
+    run: Run,
+    step: Step,
+    events: Events,
+    evaluation: Evaluation | None,
+    pulse: Pulse | None,
+    state: TrainState,
+    done: int,
 ) -> None:
-    """Compiles step, evaluation and pulse, so that no later call compiles anything."""
+    """Compiles step, events, evaluation and pulse, so that no later call compiles anything."""
     batch: Any = None
     if done < run.config.steps:
         place = run.batches.get_state()
         batch = put_batch(next(run.batches), run.mesh, run.config.batch_size)
         run.batches.set_state(place)
         step.lower(state, run.params, batch).compile()
+        events.compile(range(done + 1, run.config.steps + 1), state, run.params, batch)
     if evaluation is not None:
         evaluation.compile(state, run.params)
     barrier("compiled")  # on CPUs those that never met wait for each other for half a minute only

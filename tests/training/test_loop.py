@@ -118,7 +118,9 @@ def test_the_routers_are_in_the_metrics(finished):
     assert line["router_balance"] > 0
 
 
-def test_nothing_compiles_after_the_first_step(files, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("method", "size"), [("mor", {}), ("alora", {"batch_size": 2, "accumulate": 1})])
+def test_nothing_compiles_after_the_first_step(files, tmp_path, monkeypatch, method, size):
+    """Nor does a method's event when it is first due, in the middle of the run."""
     compiled, seen = [], []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, duration, **_: compiled.append(name) if name.endswith("backend_compile_duration") else None
@@ -128,9 +130,11 @@ def test_nothing_compiles_after_the_first_step(files, tmp_path, monkeypatch):
     plain = loop._Loop._next_batch
     monkeypatch.setattr(loop._Loop, "_next_batch", lambda self: seen.append(len(compiled)) or plain(self))
     held_out = (f"add={files}/held_out_add.jsonl", f"shout={files}/held_out_shout.jsonl")
-    fields = {"eval_data": held_out, "eval_every": 2, "eval_batches": 0, "steps": 9}
-    train(tiny_runs.config_of(files, tmp_path / "run", **SMALL | fields))
+    fields = {"eval_data": held_out, "eval_every": 2, "eval_batches": 0, "steps": 9, "method": method}
+    train(tiny_runs.config_of(files, tmp_path / "run", **SMALL | fields | size))
     assert compiled  # the listener hears something
+    happened = {name for line in tiny_runs.lines(tmp_path / "run") for name in line.get("events", {})}
+    assert happened == ({"reallocate"} if method == "alora" else set())
     assert len(seen) == 9
     assert set(seen) == {seen[0]}
     assert len(compiled) == seen[0]
