@@ -67,13 +67,11 @@ def _run(method, layout=None):
 TRIPLES = ("data=2,fsdp=2,tensor=2", "data=2,fsdp=2,sequence=2", "data=2,sequence=2,tensor=2")
 TRIPLES = (*TRIPLES, "fsdp=2,sequence=2,tensor=2")
 PAIRS = ("data=4,tensor=2", "fsdp=4,tensor=2", "data=2,sequence=4", "fsdp=2,sequence=4", "sequence=4,tensor=2")
-ALONE = ("sequence=8", "tensor=2")  # data, fsdp and the two together are in test_step.py
-OTHERS = [(layout, method) for layout in TRIPLES[::3] for method in METHODS if method != "mor at sites"]
+LAYOUTS = (*TRIPLES, *PAIRS, "data=2,fsdp=2", "data=4", "fsdp=4", "sequence=8", "tensor=2")
 
 
-@pytest.mark.parametrize(
-    ("layout", "method"), [(layout, "mor at sites") for layout in (*TRIPLES, *PAIRS, *ALONE)] + OTHERS
-)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_combination_of_axes_equals_one_device(layout, method):
     (one, loss, statistics), _ = _run(method)
     (many, many_loss, many_statistics), params = _run(method, layout)
