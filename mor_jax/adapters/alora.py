@@ -76,6 +76,7 @@ class ReallocateRanks(Event):
     """One round at each of ``steps``."""
 
     name: ClassVar[str] = "reallocate"
+    scores: ClassVar[bool] = True
 
     steps: tuple[int, ...]
     count: int  # n_A

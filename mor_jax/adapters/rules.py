@@ -100,9 +100,11 @@ class Event:
 
     Attributes:
         name: In the log, and in the rule's PRNG key.
+        scores: Whether it calls ``score``: then the development batch decides what is trained.
     """
 
     name: ClassVar[str] = ""
+    scores: ClassVar[bool] = False
 
     def due(self, step: int) -> bool:
         """Whether the event happens after optimiser step ``step``, counted from 1."""

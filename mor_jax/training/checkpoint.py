@@ -55,15 +55,15 @@ class Checkpoints:
         """Committed steps, oldest first; their files are not verified here."""
         return [step for step in self._present() if (self.directory / str(step) / MANIFEST).exists()]
 
-    def newest_metadata(self) -> dict[str, Any] | None:
-        """The metadata of the newest checkpoint that passes its check, or None; moves nothing and reads no array."""
-        return first_decides(self._newest_metadata)
+    def newest(self) -> tuple[int, dict[str, Any]] | None:
+        """(step, metadata) of the newest checkpoint that passes its check, or None; moves nothing, reads no array."""
+        return first_decides(self._newest)
 
-    def _newest_metadata(self) -> dict[str, Any] | None:
+    def _newest(self) -> tuple[int, dict[str, Any]] | None:
         for step in reversed(self.steps()):
             target = self.directory / str(step)
             if not verify_manifest(target):
-                return json.loads((target / _METADATA / _METADATA).read_text(encoding="utf-8"))
+                return step, json.loads((target / _METADATA / _METADATA).read_text(encoding="utf-8"))
         return None
 
     def save(self, step: int, items: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
@@ -113,11 +113,14 @@ class Checkpoints:
                 (self.directory / str(old) / MANIFEST).unlink()  # first: half of a checkpoint is none
                 shutil.rmtree(self.directory / str(old))
 
-    def restore(self, items: Mapping[str, Any]) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
+    def restore(
+        self, items: Mapping[str, Any], verified: int | None = None
+    ) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
         """The newest checkpoint that passes its check; worse ones on the way are moved to `bad/`.
 
         Args:
           items: name -> pytree of arrays or `ShapeDtypeStruct`s whose shapes, dtypes and shardings are restored into.
+          verified: the step that `newest` has just found, which is not verified again.
 
         Returns:
           (step, items, metadata), or None when nothing was ever committed.
@@ -127,7 +130,7 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp
 
-        step = first_decides(self._newest_good)
+        step = first_decides(lambda: self._newest_good(verified))
         if step is None:
             return None
         filled = {name: _abstract(item) for name, item in items.items() if jax.tree.leaves(item)}
@@ -137,12 +140,12 @@ class Checkpoints:
         restored = {name: found[name] if name in filled else item for name, item in items.items()}
         return step, restored, dict(found[_METADATA])
 
-    def _newest_good(self) -> int | None:
+    def _newest_good(self, verified: int | None) -> int | None:
         """The newest step that passes its check, or None when nothing was committed; moves away what is worse."""
         last: IntegrityError | None = None
         for step in reversed(self._set_aside_unfinished()):
             target = self.directory / str(step)
-            bad = verify_manifest(target)
+            bad = [] if step == verified else verify_manifest(target)
             if not bad:
                 return step
             last = IntegrityError(self._set_aside(target), bad)

@@ -17,6 +17,8 @@ import optax
 from mor_jax.adapters import AdapterInputs, Leaves
 from mor_jax.optim import EventRule, Rules
 from mor_jax.training.accumulation import batch_inputs
+from mor_jax.training.backend import compiler_options
+from mor_jax.training.sharding import on_mesh
 from mor_jax.training.step import Loss, StateShardings, TrainState
 
 
@@ -40,13 +42,21 @@ class Events:
         """(the state after the events of step `step`, {event: its report, on the devices})."""
         reports = {}
         for name, rule in self.rules.due(step):
-            batch = batch if self.batch is None else self.batch
-            state, reports[rule.name] = self.functions[name](state, params, self.constants, batch)
+            state, reports[rule.name] = self.functions[name](state, params, self.constants, self._scored(batch))
         return state, reports
+
+    def compile(self, steps: range, state: TrainState, params: Any, batch: Any) -> None:
+        """Compiles the rules that are due after any of these steps, for batches like this one."""
+        due = dict.fromkeys(name for step in steps for name, _ in self.rules.due(step))  # all processes in one order
+        for name in due:
+            self.functions[name].lower(state, params, self.constants, self._scored(batch)).compile()
 
     def cache_size(self) -> int:
         """How many programs were compiled."""
         return sum(function._cache_size() for function in self.functions.values())
+
+    def _scored(self, batch: Any) -> Any:
+        return batch if self.batch is None else self.batch
 
 
 def make_events(
@@ -68,19 +78,23 @@ def make_events(
       shardings: of `init_state`; None compiles for wherever the arguments are.
       batch: on the devices, to score on; None takes the step's.
     """
-    options: dict[str, Any] = {"donate_argnums": 0}
+    mesh = None if shardings is None else shardings.batch.mesh
+    options: dict[str, Any] = {"donate_argnums": 0, "compiler_options": compiler_options(mesh)}
     if shardings is not None:
         options["in_shardings"] = (shardings.state, shardings.params, shardings.constants, shardings.batch)
         options["out_shardings"] = (shardings.state, shardings.metrics)
     functions = {}
     for number, rule in enumerate(rules.events):
-        functions[rules.name_of(number)] = jax.jit(_event(rules.name_of(number), rule, optimizer, loss), **options)
+        name = rules.name_of(number)
+        functions[name] = jax.jit(on_mesh(_event(name, rule, optimizer, loss), mesh), **options)
     return Events(rules, functions, {} if constants is None else constants, batch)
 
 
 def _event(name: str, rule: EventRule, optimizer: optax.GradientTransformation, loss: Loss) -> Any:
     def event(state: TrainState, params: Any, constants: Any, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         def score(leaves: Leaves) -> jax.Array:
+            if not rule.event.scores:
+                raise TypeError(f"{type(rule.event).__name__} asks for a score: set its scores = True")
             collections = {"adapters": leaves.params, "adapter_state": leaves.state, "adapter_constants": constants}
             inputs = batch_inputs(AdapterInputs(deterministic=True), batch, None)
             total, tokens = loss({"params": params, **collections}, batch, inputs)

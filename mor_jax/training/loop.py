@@ -37,7 +37,6 @@ from mor_jax.training.distributed import (
     Pulse,
     barrier,
     check_same_everywhere,
-    first_decides,
     gathered,
     is_alone,
     is_first,
@@ -55,10 +54,11 @@ from mor_jax.training.metrics import (
 )
 from mor_jax.training.optimizer import make_schedule
 from mor_jax.training.run_folder import (
-    check_output_dir,
+    Start,
     check_same_base,
-    check_same_run,
+    check_same_score_batch,
     environment,
+    find_start,
     write_run_folder,
 )
 from mor_jax.training.signals import StopRequest
@@ -90,12 +90,8 @@ def train(config: TrainConfig, optimizer: optax.GradientTransformation | None = 
       KeyboardInterrupt: Ctrl-C; saved.
     """
     with StopRequest() as stop:
-        first_decides(lambda: check_output_dir(config))
-        checkpoints = Checkpoints(Path(config.output_dir) / "checkpoints", config.keep_checkpoints)
-        saved = checkpoints.newest_metadata() if config.resume else None
-        if saved is not None:
-            check_same_run(config, saved, optimizer is not None)
-        return run_training(build_run(config, optimizer), stop, custom_optimizer=optimizer is not None)
+        start = find_start(config, optimizer is not None)  # before the model is read
+        return _run_from(start, build_run(config, optimizer), stop, optimizer is not None)
 
 
 def run_training(run: Run, stop: StopRequest | None = None, custom_optimizer: bool = False) -> dict[str, Any]:
@@ -106,8 +102,11 @@ def run_training(run: Run, stop: StopRequest | None = None, custom_optimizer: bo
       stop: tells when to stop; None never does.
       custom_optimizer: whether the optimiser is other than `run.config` names.
     """
-    first_decides(lambda: check_output_dir(run.config))
-    loop = _set_up(run, stop or StopRequest(), custom_optimizer)
+    return _run_from(find_start(run.config, custom_optimizer), run, stop or StopRequest(), custom_optimizer)
+
+
+def _run_from(start: Start, run: Run, stop: StopRequest, custom_optimizer: bool) -> dict[str, Any]:
+    loop = _set_up(run, start, stop, custom_optimizer)
     try:
         loop.run_steps()
         result = loop.finish()
@@ -259,7 +258,7 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _set_up(run: Run, stop: StopRequest, custom_optimizer: bool) -> _Loop:
+def _set_up(run: Run, start: Start, stop: StopRequest, custom_optimizer: bool) -> _Loop:
     """State, restored or new; the table; compiled programs; then, all being well, the run folder."""
     config = run.config
     rules = plan_rules(run.plan, config.steps)
@@ -267,9 +266,9 @@ def _set_up(run: Run, stop: StopRequest, custom_optimizer: bool) -> _Loop:
     key = jax.random.key(config.seed, impl="threefry2x32")
     state, constants, shardings = init_state(key, run.adapted, run.params, run.optimizer, run.mesh, run.specs, rules)
     assert shardings is not None  # there is a mesh
-    metadata = _metadata(run, custom_optimizer)
-    checkpoints = Checkpoints(Path(config.output_dir) / "checkpoints", config.keep_checkpoints)
-    done, state, losses = _restore(run, checkpoints, state, metadata) if config.resume else (0, state, [])
+    score_batch = _score_batch(run, rules)
+    metadata = _metadata(run, custom_optimizer, score_batch)
+    done, state, losses = _restore(run, start, state, metadata) if config.resume else (0, state, [])
     if is_first():
         print_targets(target_rows(run, state.adapters), f"{config.method} on {config.model}")
     step = make_step(
@@ -284,7 +283,7 @@ def _set_up(run: Run, stop: StopRequest, custom_optimizer: bool) -> _Loop:
         rules=rules,
     )
     events = make_events(
-        rules, run.optimizer, loss=run.loss, constants=constants, shardings=shardings, batch=_score_batch(run, rules)
+        rules, run.optimizer, loss=run.loss, constants=constants, shardings=shardings, batch=score_batch
     )
     evaluation = None
     if run.eval_batches is not None:
@@ -292,7 +291,7 @@ def _set_up(run: Run, stop: StopRequest, custom_optimizer: bool) -> _Loop:
             run.loss, run.eval_batches, mesh=run.mesh, constants=constants, shardings=shardings, tasks=run.tasks
         )
     pulse = None if is_alone() else Pulse(run.mesh)
-    _compile(run, step, evaluation, pulse, state, done)
+    _compile(run, step, events, evaluation, pulse, state, done)
     return _Loop(
         run=run,
         stop=stop,
@@ -301,7 +300,7 @@ def _set_up(run: Run, stop: StopRequest, custom_optimizer: bool) -> _Loop:
         state=state,
         constants=constants,
         evaluation=evaluation,
-        checkpoints=checkpoints,
+        checkpoints=start.checkpoints,
         output=Output(write_run_folder(config), config.steps, done, config.log_every) if is_first() else None,
         pulse=pulse,
         metadata=metadata,
@@ -311,7 +310,7 @@ def _set_up(run: Run, stop: StopRequest, custom_optimizer: bool) -> _Loop:
     )
 
 
-def _metadata(run: Run, custom_optimizer: bool) -> dict[str, Any]:
+def _metadata(run: Run, custom_optimizer: bool, score_batch: Any) -> dict[str, Any]:
     """What every checkpoint says of the run, once all processes have found that they are about to do the same."""
     config = config_to_mapping(run.config)
     check_same_everywhere(
@@ -321,26 +320,27 @@ def _metadata(run: Run, custom_optimizer: bool) -> dict[str, Any]:
         "config": config,
         "base_fingerprint": fingerprint(run.params),
         "custom_optimizer": custom_optimizer,
+        "score_batch": None if score_batch is None else fingerprint(score_batch),
     }
 
 
 def _score_batch(run: Run, rules: Rules) -> Any:
     """The first held-out batch on the devices, which events score on; None where nothing is held out or scored."""
-    if not rules.events or run.eval_batches is None:
+    if run.eval_batches is None or not any(rule.event.scores for rule in rules.events):
         return None
     return put_batch(next(iter(run.eval_batches())), run.mesh)
 
 
 def _restore(
-    run: Run, checkpoints: Checkpoints, state: TrainState, metadata: Mapping[str, Any]
+    run: Run, start: Start, state: TrainState, metadata: Mapping[str, Any]
 ) -> tuple[int, TrainState, list[float]]:
     """(steps done, state, last losses) of the newest good checkpoint, the data at its place; a start without one."""
-    saved = checkpoints.newest_metadata()
+    step, saved = start.newest or (None, None)
     if saved is not None:
-        check_same_run(run.config, saved, metadata["custom_optimizer"])
         check_same_base(run.config, saved, metadata["base_fingerprint"])
+        check_same_score_batch(run.config, saved, metadata["score_batch"])
         _check_place(run, saved["iterator"])
-    found = checkpoints.restore(_items(state))
+    found = start.checkpoints.restore(_items(state), step)
     if found is None:
         _LOGGER.warning("%s has no checkpoint: starting from step 0", run.config.output_dir)
         return 0, state, []
@@ -366,15 +366,22 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 def _compile(
-    run: Run, step: Step, evaluation: Evaluation | None, pulse: Pulse | None, state: TrainState, done: int
+    run: Run,
+    step: Step,
+    events: Events,
+    evaluation: Evaluation | None,
+    pulse: Pulse | None,
+    state: TrainState,
+    done: int,
 ) -> None:
-    """Compiles step, evaluation and pulse, so that no later call compiles anything."""
+    """Compiles step, events, evaluation and pulse, so that no later call compiles anything."""
     batch: Any = None
     if done < run.config.steps:
         place = run.batches.get_state()
         batch = put_batch(next(run.batches), run.mesh, run.config.batch_size)
         run.batches.set_state(place)
         step.lower(state, run.params, batch).compile()
+        events.compile(range(done + 1, run.config.steps + 1), state, run.params, batch)
     if evaluation is not None:
         evaluation.compile(state, run.params)
     barrier("compiled")  # on CPUs those that never met wait for each other for half a minute only

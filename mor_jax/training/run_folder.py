@@ -20,12 +20,14 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 import mor_jax
+from mor_jax.training.checkpoint import Checkpoints
 from mor_jax.training.config import ConfigError, TrainConfig, config_to_mapping, save_config
+from mor_jax.training.distributed import first_decides
 
 _LOGGER = logging.getLogger(__name__)
 _PACKAGES = ("mor_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "transformers")
@@ -36,7 +38,7 @@ _FREE = {
     "resume",
     "save_every",
     "keep_checkpoints",
-    "eval_data",
+    "eval_data",  # but for what events score on, of which `check_same_score_batch` tells
     "eval_every",
     "eval_batches",
     "log_every",
@@ -48,6 +50,30 @@ _CONTENT = {
     "labels",
 }  # may have moved, or been found in the data: the fingerprint and the packing plan tell whether they are the same
 _ROUNDING = {"mesh", "remat", "loss_chunk", "attention_implementation"}  # the same mathematics in another order
+
+
+class Start(NamedTuple):
+    """The checkpoints of a run folder, and the (step, metadata) of the one to go on from."""
+
+    checkpoints: Checkpoints
+    newest: tuple[int, dict[str, Any]] | None
+
+
+def find_start(config: TrainConfig, custom_optimizer: bool) -> Start:
+    """Where a run begins; reads no model, writes nothing, and raises as the two checks below.
+
+    Raises:
+      ConfigError: the newest good checkpoint is of a later step than the run's last.
+    """
+    first_decides(lambda: check_output_dir(config))
+    checkpoints = Checkpoints(Path(config.output_dir) / "checkpoints", config.keep_checkpoints)
+    newest = checkpoints.newest() if config.resume else None
+    if newest is not None:
+        done, saved = newest
+        check_same_run(config, saved, custom_optimizer)
+        if done > config.steps:
+            raise ConfigError(f"steps={config.steps}: the checkpoint is of step {done}: give at least that")
+    return Start(checkpoints, newest)
 
 
 def check_output_dir(config: TrainConfig) -> None:
@@ -109,6 +135,19 @@ def check_same_base(config: TrainConfig, metadata: Mapping[str, Any], base_finge
         raise ConfigError(
             f"model={config.model!r}: its weights are not those that the checkpoint was trained on"
             f" ({metadata['config']['model']!r}): resume with the same base"
+        )
+
+
+def check_same_score_batch(config: TrainConfig, metadata: Mapping[str, Any], score_batch: str | None) -> None:
+    """Returns when the events score on the batch that they scored on before the checkpoint, if on any.
+
+    Raises:
+      ConfigError: it is another one.
+    """
+    if metadata.get("score_batch") != score_batch:
+        raise ConfigError(
+            f"eval_data={list(config.eval_data)!r}: its first batch, which the events of a method score on, is"
+            f" not that of the checkpoint ({metadata['config']['eval_data']!r}): resume with the same held-out data"
         )
 
 

@@ -133,6 +133,9 @@ class Recorder:
 
         monkeypatch.setattr(loop, "make_events", recorded)
 
+    def compile(self, *arguments):
+        self.events.compile(*arguments)
+
     def __call__(self, step, state, params, batch):
         before = self._copy(state)
         state, reports = self.events(step, state, params, batch)

@@ -7,15 +7,19 @@ from typing import ClassVar
 import jax
 import numpy as np
 import optax
+import pytest
 from tiny_training import adapted_decoder, decoder_loss, nudge, params_of, random_batch
 
 from mor_jax.adapters import AdapterInputs
 from mor_jax.adapters.rules import Event, EventResult
+from mor_jax.models import logical_axes
+from mor_jax.models.logical_axes import split_ways
 from mor_jax.optim import EventRule
 from mor_jax.optim.rules import Rules
 from mor_jax.training.events import make_events
 from mor_jax.training.loop import _score_batch
-from mor_jax.training.mesh import make_mesh
+from mor_jax.training.mesh import make_mesh, put_batch
+from mor_jax.training.sharding import param_specs, put_params
 from mor_jax.training.step import init_state
 
 
@@ -24,6 +28,7 @@ class Ask(Event):
     """Reports the score of the leaves as they are, and without any."""
 
     name: ClassVar[str] = "ask"
+    scores: ClassVar[bool] = True
 
     def due(self, step):
         return True
@@ -46,20 +51,54 @@ def _cross_entropy(adapted, params, adapters, batch):
     return np.mean((normaliser - chosen)[batch["loss_mask"] > 0])
 
 
-def test_the_score_is_minus_the_cross_entropy_of_the_development_batch():
+@pytest.mark.parametrize(("layout", "ways"), [(None, 1), ("data=2,fsdp=2,sequence=2", 8)])
+def test_the_score_is_minus_the_cross_entropy_of_the_development_batch(layout, ways):
+    """On a mesh too, where the scoring passes are traced under the rules of sharding: tokens are split 8 ways."""
     adapted, params = adapted_decoder("lora", rank=2), params_of()
     rule = EventRule(Ask(), tuple((site.site.path, site.stack_sizes) for site in adapted.plan.sites))
     rules, optimizer = Rules(events=(rule,)), optax.sgd(0.1)
-    state, constants, _ = init_state(jax.random.key(0), adapted, params, optimizer, rules=rules)
+    development, of_the_step = random_batch(seed=1), random_batch(seed=2)
+    mesh = specs = None
+    on_devices, whole = development, params
+    if layout is not None:
+        mesh = make_mesh(layout)
+        specs = param_specs(params, mesh, smallest=1, axes=logical_axes(params))
+        whole, on_devices = put_params(params, specs, mesh), put_batch(development, mesh)
+        of_the_step = put_batch(of_the_step, mesh)
+    state, constants, shardings = init_state(jax.random.key(0), adapted, whole, optimizer, mesh, specs, rules)
     state = nudge(state)
     adapters = jax.tree.map(np.array, state.adapters)  # the state is donated
-    development, of_the_step = random_batch(seed=1), random_batch(seed=2)
-    events = make_events(rules, optimizer, loss=decoder_loss(adapted), constants=constants, batch=development)
-    found = events(1, state, params, of_the_step)[1]["ask"]
+    plain, seen = decoder_loss(adapted), set()
+
+    def loss(*arguments):
+        seen.add(split_ways("batch", "length"))
+        return plain(*arguments)
+
+    events = make_events(rules, optimizer, loss=loss, constants=constants, shardings=shardings, batch=on_devices)
+    found = events(1, state, whole, of_the_step)[1]["ask"]
     silent = jax.tree.map(np.zeros_like, adapters)
     for name, own in (("all", adapters), ("none", silent)):
         np.testing.assert_allclose(found[name], -_cross_entropy(adapted, params, own, development), rtol=1e-5)
     assert found["all"] != found["none"]
+    assert seen == {ways}
+
+
+@dataclass(frozen=True)
+class AskInSecret(Ask):
+    """Would be scored on held-out data that a resumed run may change."""
+
+    scores: ClassVar[bool] = False
+
+
+def test_an_event_that_scores_must_say_so():
+    adapted, params = adapted_decoder("lora", rank=2), params_of()
+    rules = Rules(events=(EventRule(AskInSecret(), ((adapted.plan.sites[0].site.path, (2,)),)),))
+    state, constants, _ = init_state(jax.random.key(0), adapted, params, optax.sgd(0.1), rules=rules)
+    events = make_events(rules, optax.sgd(0.1), loss=decoder_loss(adapted), constants=constants)
+    with pytest.raises(TypeError, match="AskInSecret asks for a score: set its scores = True"):
+        events(1, state, params, random_batch())
+    run = types.SimpleNamespace(eval_batches=lambda: iter([random_batch()]), mesh=make_mesh("data=1"))
+    assert _score_batch(run, rules) is None
 
 
 def test_the_development_batch_is_the_first_held_out_one():

@@ -142,6 +142,19 @@ def test_resume_on_a_mesh(method, runs, tmp_path):
     check_same_course(lines_of(runs[method].folder)[MIDDLE:], lines_of(folder)[MIDDLE:])
 
 
+def test_resume_scores_on_the_same_held_out_batch(files, runs, tmp_path):
+    """ALoRA's rounds depend on it, so other held-out data are refused; the same elsewhere are not."""
+    folder = shutil.copytree(runs["alora"].folder, tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    _, error = mor("train", folder / "config.yaml", "--resume", "--eval-data", files["train"], code=2)
+    assert "eval_data=" in error
+    assert "which the events of a method score on" in error
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    moved = shutil.copy(files["held_out"], tmp_path / "moved.jsonl")
+    result, _ = mor("train", folder / "config.yaml", "--resume", "--eval-data", moved)
+    assert result["steps"] == STEPS
+
+
 @each_method
 def test_evaluate_merge_or_refuse_and_export(method, files, runs, tmp_path):
     """The adapter file holds the last state; its merged model has the same logits, or there is none."""

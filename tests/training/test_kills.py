@@ -65,7 +65,7 @@ def _stop(process, run, number, code):
     output, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors[-2000:]
     assert output == ""
-    assert Checkpoints(run / "checkpoints").newest_metadata() is not None
+    assert Checkpoints(run / "checkpoints").newest() is not None
     assert _newest(run) == tiny_runs.lines(run)[-1]["step"] < STEPS
     assert not (run / "adapter").exists()
 

@@ -15,10 +15,11 @@ from mor_jax.adapters import AdapterInputs
 from mor_jax.cli.main import exit_code, main
 from mor_jax.injection import Adapted
 from mor_jax.models import Decoder
-from mor_jax.training import TrainConfig, build_run, load_config, run_training, save_config, train
+from mor_jax.training import TrainConfig, build_run, checkpoint, load_config, run_training, save_config, train
 from mor_jax.training.adapter_file import load_adapter, read_description
 from mor_jax.training.build import base_config
 from mor_jax.training.checkpoint import Checkpoints
+from mor_jax.training.config import ConfigError
 from mor_jax.training.integrity import IntegrityError, verify_manifest
 from mor_jax.training.losses import cross_entropy
 from mor_jax.training.step import NonFiniteError
@@ -117,7 +118,9 @@ def test_the_routers_are_in_the_metrics(finished):
     assert line["router_balance"] > 0
 
 
-def test_nothing_compiles_after_the_first_step(files, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("method", "size"), [("mor", {}), ("alora", {"batch_size": 2, "accumulate": 1})])
+def test_nothing_compiles_after_the_first_step(files, tmp_path, monkeypatch, method, size):
+    """Nor does a method's event when it is first due, in the middle of the run."""
     compiled, seen = [], []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, duration, **_: compiled.append(name) if name.endswith("backend_compile_duration") else None
@@ -127,9 +130,11 @@ def test_nothing_compiles_after_the_first_step(files, tmp_path, monkeypatch):
     plain = loop._Loop._next_batch
     monkeypatch.setattr(loop._Loop, "_next_batch", lambda self: seen.append(len(compiled)) or plain(self))
     held_out = (f"add={files}/held_out_add.jsonl", f"shout={files}/held_out_shout.jsonl")
-    fields = {"eval_data": held_out, "eval_every": 2, "eval_batches": 0, "steps": 9}
-    train(tiny_runs.config_of(files, tmp_path / "run", **SMALL | fields))
+    fields = {"eval_data": held_out, "eval_every": 2, "eval_batches": 0, "steps": 9, "method": method}
+    train(tiny_runs.config_of(files, tmp_path / "run", **SMALL | fields | size))
     assert compiled  # the listener hears something
+    happened = {name for line in tiny_runs.lines(tmp_path / "run") for name in line.get("events", {})}
+    assert happened == ({"reallocate"} if method == "alora" else set())
     assert len(seen) == 9
     assert set(seen) == {seen[0]}
     assert len(compiled) == seen[0]
@@ -160,11 +165,16 @@ def test_a_flipped_bit_in_any_file_is_found_and_named(finished, copy):
     assert "manifest.json" in {path.name for path in whole}
 
 
-def test_resume_falls_back_to_the_checkpoint_before_a_bad_one(finished, copy):
+def test_resume_falls_back_to_the_checkpoint_before_a_bad_one(finished, copy, monkeypatch):
     run, _ = finished
     bad = next(path for path in (copy / "checkpoints" / "8" / "opt_state").rglob("d/*") if path.is_file())
     _flip(bad)
+    verified = []
+    monkeypatch.setattr(
+        checkpoint, "verify_manifest", lambda folder: verified.append(folder.name) or verify_manifest(folder)
+    )
     train(dataclasses.replace(load_config(copy / "config.yaml"), output_dir=str(copy), resume=True))
+    assert verified.count("4") == 1  # large models have large checkpoints
     assert (copy / "checkpoints" / "bad" / "8").is_dir()
     tiny_runs.assert_same_end(run, copy, 8)
 
@@ -230,6 +240,10 @@ def test_resume_without_anything_starts_and_a_constant_schedule_may_go_on(files,
     train(tiny_runs.config_of(files, tmp_path / "run", resume=True, **fields))
     train(tiny_runs.config_of(files, tmp_path / "whole", **fields))
     tiny_runs.assert_same_end(tmp_path / "whole", tmp_path / "run", 8)
+    before = _tree(tmp_path / "run")
+    with pytest.raises(ConfigError, match="steps=4: the checkpoint is of step 8: give at least that"):
+        train(tiny_runs.config_of(files, tmp_path / "run", resume=True, **fields | {"steps": 4}))
+    assert _tree(tmp_path / "run") == before
 
 
 class _Poisoned:
