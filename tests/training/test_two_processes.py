@@ -99,10 +99,10 @@ def test_two_processes_that_were_killed_and_stopped_train_what_one_does(two, fil
 
 def _commands(run, files, folder):
     held_out = f"add={files}/held_out_add.jsonl"
-    fitted = ("--gates", "least_squares", "--batches", "2")
+    mean = ("--gates", "mean", "--batches", "2")  # least squares make much of what is only rounding
     return [
-        ["merge", str(run), "--gates", "mean", "--batches", "2", "--output-dir", str(folder / "merge")],
-        ["export", str(run), *fitted, "--output-dir", str(folder / "export")],
+        ["merge", str(run), *mean, "--output-dir", str(folder / "merge")],
+        ["export", str(run), *mean, "--output-dir", str(folder / "export")],
         ["eval", str(run), "--data", held_out, "--sequence-length", "48", "--json"],
     ]
 
@@ -126,6 +126,5 @@ def test_two_processes_merge_export_and_evaluate_what_one_does(two, files, tmp_p
     for name in ("merge", "export"):
         files_of = [sorted(path.name for path in (folder / name).iterdir()) for folder in (together, alone)]
         assert files_of[0] == files_of[1]
-        one, other = (load_file(folder / name / "model.safetensors") for folder in (alone, together))
-        for tensor, value in one.items():  # sums of the calibration in another order
-            np.testing.assert_allclose(other[tensor], value, rtol=1e-4, atol=1e-6, err_msg=tensor)
+        weights = [(folder / name / "model.safetensors").read_bytes() for folder in (together, alone)]
+        assert weights[0] == weights[1]
