@@ -55,7 +55,7 @@ def stack_rows(rows: list[Batch]) -> Batch:
 
 
 class BatchIterator(grain.DatasetIterator):
-    """Endless batches over reshuffled epochs; a batch may span two. Orbax saves it through grain's handler."""
+    """Endless batches over reshuffled epochs; a batch may span two. Can also be saved by grain's Orbax handler."""
 
     def __init__(
         self,

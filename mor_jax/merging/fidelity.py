@@ -1,4 +1,4 @@
-"""How faithfully a merged model imitates the routed one, on data that calibration did not see; and the choice by it."""
+"""How faithfully a merged model imitates the routed one, on data that calibration did not see."""
 
 from __future__ import annotations
 
