@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mor_jax.cli.flags import UsageError
-from mor_jax.cli.opening import LiveModel, at_rank, end_ids, load_tokenizer, open_model
+from mor_jax.cli.opening import LiveModel, at_rank, end_ids, open_model
 from mor_jax.cli.options import EvalOptions
 from mor_jax.data import (
     DataError,
@@ -21,6 +21,7 @@ from mor_jax.data import (
     encode_record,
     load_examples,
     load_labelled,
+    load_tokenizer,
     parse_source,
     read_records,
     stack_rows,

@@ -6,6 +6,7 @@ from mor_jax.data.iterator import BATCH_FIELDS, Batch, BatchIterator, build_row,
 from mor_jax.data.packing import MODES, EpochRows, PackingPlan, make_plan, pack
 from mor_jax.data.records import Encoded, assistant_spans, check_unicode, encode_messages, encode_record
 from mor_jax.data.sources import DataError, DataSource, parse_source, parse_sources, read_records
+from mor_jax.data.tokenizer import load_tokenizer
 
 __all__ = [
     "BATCH_FIELDS",
@@ -27,6 +28,7 @@ __all__ = [
     "encode_record",
     "load_examples",
     "load_labelled",
+    "load_tokenizer",
     "make_iterator",
     "make_plan",
     "pack",

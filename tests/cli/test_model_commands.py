@@ -152,6 +152,18 @@ def test_bad_input_is_named(capsys, tmp_path, model_dir, words, named):
     assert not out.exists()
 
 
+def test_a_directory_without_a_tokenizer_is_bad_input(capsys, tmp_path, model_dir):
+    from pathlib import Path
+
+    data, out = tiny.write_records(tmp_path / "data.jsonl"), tmp_path / "run"
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((Path(model_dir) / name).read_bytes())
+    said = f"{tmp_path}: no readable tokenizer"
+    assert said in run_bad(capsys, "generate", str(tmp_path), "--prompt", "x")
+    assert said in run_bad(capsys, "train", "--model", str(tmp_path), "--data", data, "--output-dir", str(out))
+    assert not out.exists()
+
+
 def test_a_directory_without_weights_is_bad_input(capsys, tmp_path, model_dir):
     from pathlib import Path
 
