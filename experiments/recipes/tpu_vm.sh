@@ -2,16 +2,23 @@
 # A TPU slice without a scheduler, all its hosts at once:    bash tpu_vm.sh
 # The hosts know each other from the slice's metadata, so `mor train` needs no launch flags.
 set -uo pipefail
-TPU=TPU_NAME ZONE=TPU_ZONE
+TPU=TPU_NAME ZONE=TPU_ZONE restarts=0
 
 on_all() {
   gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all --command="$1"
 }
 
-on_all "pip install --quiet 'mor_jax[tpu]'" || exit 1
-until on_all "mor train /SHARED/RUN.yaml --resume"; do
+# gcloud returns the code of one host, so a host that ends with 2 leaves a file, and then none starts again.
+BAD=/SHARED/RUN.bad_input
+TRAIN="test ! -e $BAD || exit 2
+mor train /SHARED/RUN.yaml --resume
+code=\$?; test \$code -ne 2 || touch $BAD; exit \$code"
+
+on_all "rm -f $BAD; pip install --quiet 'mor_jax[tpu]'" || exit 1
+until on_all "$TRAIN"; do
   code=$?
   [ "$code" -eq 2 ] && exit 2 # bad input: the message says what to mend
+  ((restarts++ < 20)) || exit "$code"
   echo "exit $code: again from the newest checkpoint" >&2
   sleep 30
 done

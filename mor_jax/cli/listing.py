@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,6 @@ from mor_jax.cli.flags import UsageError
 from mor_jax.cli.options import InspectOptions, VerifyOptions
 
 ADAM_BYTES = 8  # two float32 moments for each trained parameter
-APPROXIMATIONS = "distill, least_squares, sequential, mean, task:NAME"
-
-
-def merge_words(adapters: Sequence[Any]) -> str:
-    """How a model with these adapters merges: "exact", the approximations, or what has to be set first."""
-    found = {adapter.merge_condition for adapter in adapters} - {""}
-    if found:
-        return f"only with {', '.join(sorted(found))}"
-    return "exact" if all(adapter.merges_exactly for adapter in adapters) else f"approximate: {APPROXIMATIONS}"
 
 
 def methods_command() -> list[dict[str, Any]]:
@@ -31,6 +21,7 @@ def methods_command() -> list[dict[str, Any]]:
     that merging needs), `parameters` (option -> default). All of a method with its defaults.
     """
     from mor_jax.adapters import METHODS
+    from mor_jax.merging import merge_words
 
     entries = []
     for name, cls in METHODS.items():
@@ -67,6 +58,7 @@ def inspect_command(options: InspectOptions) -> dict[str, Any]:
     import jax.numpy as jnp
 
     from mor_jax.injection import resolve_sites
+    from mor_jax.merging import merge_words
     from mor_jax.models import abstract_params, known_config, make_model
     from mor_jax.training.config import config_from_mapping
 
@@ -121,6 +113,8 @@ def _peft(plan: Any, model: Any, shapes: Any) -> list[str]:
 
 
 def _site(adapted: Any) -> dict[str, Any]:
+    from mor_jax.merging import merge_words
+
     site, adapter = adapted.site, adapted.adapter
     return {
         "path": site.path,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shlex
 import sys
 from typing import Any
 
@@ -17,7 +19,7 @@ def plan_command(options: PlanOptions) -> dict[str, Any]:
     Keys: those of `training.plan.Forecast` (`fits`, `peak_bytes_per_device`, `capacity_bytes`, `flops`,
     `estimated_seconds`, `collectives` and more), `advice` (one line, empty when it fits), `merge` (the keys of
     `training.plan_merge.MergeForecast`), and with `search` also `tried` (mesh, remat, accumulate, fits, peak and
-    estimate of each plan that was compiled).
+    estimate of each plan that was compiled). `train` are the words of `mor train` that take this step.
 
     Raises:
       TopologyError, MeshError, ConfigError, ModelFileError, InjectionError: a name, file or layout is not usable.
@@ -51,8 +53,27 @@ def plan_command(options: PlanOptions) -> dict[str, Any]:
         more = {"tried": [_row(plan) for plan in tried]}
     else:
         found = forecast(config, shape, topology)
-    merge = forecast_merge(dataclasses.replace(config, mesh=found.mesh), shape, topology)
-    return dataclasses.asdict(found) | {"advice": advice(found), "merge": dataclasses.asdict(merge)} | more
+    taken = dataclasses.replace(config, mesh=found.mesh, remat=found.remat, accumulate=found.accumulate)
+    merge = dataclasses.asdict(forecast_merge(taken, shape, topology))
+    more |= {"train": train_words(options.model, taken)}
+    return dataclasses.asdict(found) | {"advice": advice(found), "merge": merge} | more
+
+
+def train_words(model: str, config: Any) -> str:
+    """`mor train` with a flag for each field that is not its default; `mor plan` has other defaults of its own."""
+    words = ["mor", "train", "--model", model]
+    for field in dataclasses.fields(config):
+        value, flag = getattr(config, field.name), field.name.replace("_", "-")
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if value == default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, dict):
+            words += [f"--{flag}", json.dumps(value)]
+        else:
+            words += [f"--{flag}", ",".join(value) if isinstance(value, tuple) else str(value)]
+    return shlex.join(words)
 
 
 def _row(found: Any) -> dict[str, Any]:
@@ -89,7 +110,7 @@ def readable(result: dict[str, Any]) -> dict[str, Any]:
     if "tried" in result:
         peak = "peak_bytes_per_device"
         shown["tried"] = [row | {peak: _gib(row[peak])} for row in result["tried"]]
-    notes = {name: result[name] for name in ("problem", "advice") if result[name]}
+    notes = {name: result[name] for name in ("problem", "advice", "train") if result[name]}
     return shown | notes
 
 

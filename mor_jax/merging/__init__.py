@@ -1,6 +1,6 @@
 """Folding adapters into the frozen base, exactly where that is possible and measurably well where it is not."""
 
-from mor_jax.merging.approximate import MERGES, merge_routed
+from mor_jax.merging.approximate import APPROXIMATIONS, MERGES, merge_routed, merge_words
 from mor_jax.merging.calibration import ModelCall, language_model_call, solve_ridge
 from mor_jax.merging.chain import earlier_shares
 from mor_jax.merging.exact import lower_merge, merge
@@ -24,6 +24,7 @@ from mor_jax.merging.least_squares import (
 )
 
 __all__ = [
+    "APPROXIMATIONS",
     "MERGES",
     "Calibration",
     "FidelityReport",
@@ -41,6 +42,7 @@ __all__ = [
     "merge",
     "merge_changes",
     "merge_routed",
+    "merge_words",
     "refactor",
     "routed_logits",
     "routed_paths",

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 from jax import Array
 
-from mor_jax.adapters import Leaves
+from mor_jax.adapters import Adapter, Leaves
 from mor_jax.injection import AdapterPlan
 from mor_jax.merging.calibration import Batch, ModelCall, language_model_call
 from mor_jax.merging.exact import merge
@@ -19,6 +21,8 @@ from mor_jax.merging.gates import mean_gates
 from mor_jax.merging.least_squares import least_squares, merge_changes, routed_paths
 
 MERGES = ("best", "mean", "least_squares", "sequential")
+APPROXIMATIONS = "distill, least_squares, sequential, mean, task:NAME"
+_LOGGER = logging.getLogger(__name__)
 
 
 def _task_index(gates: str, tasks: Sequence[str]) -> int:
@@ -92,6 +96,7 @@ def merge_routed(
 
     Raises:
         ValueError: for an unknown ``gates`` or task, no data, or held-out rows among the calibration rows.
+        FloatingPointError: No merge has a finite KL.
     """
     others = others or {}
     names = _known_merges(gates, others)
@@ -116,12 +121,33 @@ def merge_routed(
 def _least_divergent(
     names: Sequence[str], merge_by: Callable[[str], dict[str, Any]], report: Callable[[dict[str, Any]], FidelityReport]
 ) -> tuple[str, dict[str, Any], dict[str, float]]:
-    """(the name whose merge has the smallest KL, that merge, all KLs); no more than two merges are alive at a time."""
+    """(the name whose merge has the smallest KL, that merge, all KLs); no more than two merges are alive at a time.
+
+    A merge that is not finite is left out with a warning; raises FloatingPointError where none is left.
+    """
     divergences: dict[str, float] = {}
     best: Any = None
     for name in names:
-        merged = merge_by(name)
-        divergences[name] = report(merged).kl
-        if divergences[name] == min(divergences.values()):
+        try:
+            merged = merge_by(name)
+            kl = report(merged).kl
+        except FloatingPointError as error:
+            kl, merged = math.nan, None
+            _LOGGER.warning("%s: %s", name, error)
+        if not math.isfinite(kl):
+            _LOGGER.warning("%s is no candidate: its divergence from the routed model is not finite", name)
+            continue
+        divergences[name] = kl
+        if kl == min(divergences.values()):
             best = (name, merged)
+    if best is None:
+        raise FloatingPointError("no merge has a finite divergence from the routed model: is the adapter finite?")
     return *best, divergences
+
+
+def merge_words(adapters: Sequence[Adapter]) -> str:
+    """How a model with these adapters merges: "exact", the approximations, or what has to be set first."""
+    found = {adapter.merge_condition for adapter in adapters} - {""}
+    if found:
+        return f"only with {', '.join(sorted(found))}"
+    return "exact" if all(adapter.merges_exactly for adapter in adapters) else f"approximate: {APPROXIMATIONS}"

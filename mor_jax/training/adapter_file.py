@@ -24,7 +24,7 @@ import numpy as np
 
 from mor_jax.adapters import Adapter, Leaves
 from mor_jax.adapters.registry import make_adapter
-from mor_jax.injection import AdapterPlan, init_leaves, resolve_sites
+from mor_jax.injection import DEFAULT_KINDS, AdapterPlan, LinearKind, init_leaves, resolve_sites
 from mor_jax.models.tensor_file import save_tensors
 from mor_jax.training.checkpoint import fingerprint
 from mor_jax.training.integrity import check_manifest, write_manifest
@@ -76,7 +76,13 @@ def save_adapter(
 
 
 def load_adapter(
-    directory: str | Path, model: nn.Module, params: Mapping[str, Any], *example: Any, check_base: bool = True
+    directory: str | Path,
+    model: nn.Module,
+    params: Mapping[str, Any],
+    *example: Any,
+    check_base: bool = True,
+    kinds: tuple[LinearKind, ...] = DEFAULT_KINDS,
+    **kwargs: Any,
 ) -> tuple[AdapterPlan, Leaves, dict[str, Any]]:
     """The adapter in a folder, resolved against a model.
 
@@ -86,6 +92,8 @@ def load_adapter(
       params: the base's parameters, for their fingerprint and for leaves that are rebuilt from them.
       *example: example inputs of the model, arrays or shapes.
       check_base: whether another base than the adapter's own is an error.
+      kinds: the model's linear modules, as its sites were resolved with.
+      **kwargs: more example inputs, by name.
 
     Returns:
       (plan, leaves, metadata): the metadata are the fields of `adapter.json`.
@@ -94,12 +102,13 @@ def load_adapter(
       IntegrityError: a file fails its check.
       AdapterFileError: the format is newer, the base is another, names or shapes do not fit, or other constants come
         out than those it was trained with.
+      InjectionError: the model lacks one of the sites, or `kinds` does not name its class.
     """
     from safetensors.numpy import load_file
 
     directory = Path(directory)
     metadata = read_description(directory)
-    plan = resolve_plan(metadata, model, *example)
+    plan = resolve_plan(metadata, model, *example, kinds=kinds, **kwargs)
     stored = metadata.get("base_fingerprint")
     if check_base and stored is not None and stored != fingerprint(params):
         raise AdapterFileError(
@@ -160,11 +169,17 @@ def read_description(directory: str | Path) -> dict[str, Any]:
     return metadata
 
 
-def resolve_plan(metadata: Mapping[str, Any], model: nn.Module, *example: Any) -> AdapterPlan:
-    """The plan that `adapter.json` describes, on a model whose sites have the same paths.
+def resolve_plan(
+    metadata: Mapping[str, Any],
+    model: nn.Module,
+    *example: Any,
+    kinds: tuple[LinearKind, ...] = DEFAULT_KINDS,
+    **kwargs: Any,
+) -> AdapterPlan:
+    """The plan that `adapter.json` describes, on a model whose sites have the same paths; arguments as `load_adapter`.
 
     Raises:
-      InjectionError: the model lacks one of the sites.
+      InjectionError: the model lacks one of the sites, or `kinds` does not name its class.
     """
     sites = {f"(?:{re.escape(path)})": _adapter_of(entry) for path, entry in metadata["sites"].items()}
     first = next(iter(sites.values()))
@@ -177,6 +192,8 @@ def resolve_plan(metadata: Mapping[str, Any], model: nn.Module, *example: Any) -
         overrides=overrides,
         trained_modules=tuple(metadata["trained_modules"]),
         fuse=bool(metadata["fuse"]),
+        kinds=kinds,
+        **kwargs,
     )
 
 

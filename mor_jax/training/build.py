@@ -31,6 +31,7 @@ from mor_jax.data import (
     single_pass,
 )
 from mor_jax.injection import Adapted, AdapterPlan, resolve_sites
+from mor_jax.merging import merge_words
 from mor_jax.models import (
     DecoderConfig,
     EncoderConfig,
@@ -309,8 +310,7 @@ def target_rows(run: Run, adapters: Any) -> list[TargetRow]:
         shape = f"{site.num_layers} x ({site.in_features}, {site.out_features})"
         rank = str(getattr(adapted.adapter, "rank", ""))
         true, stored = adapted.adapter.num_params(site), adapted.adapter.padded_params(site)
-        merges = "exact" if adapted.adapter.merges_exactly else "approximate"
-        merges = f"only with {adapted.adapter.merge_condition}" if adapted.adapter.merge_condition else merges
+        merges = merge_words([adapted.adapter]).split(":")[0]
         rank = f"{rank} {adapted.adapter.name}".strip() + (f" ({stored:,} padded)" if stored > true else "")
         row = _row(run, adapters, site.path, shape, rank, frozen, merges)
         rows.append(dataclasses.replace(row, trainable=row.trainable - (stored - true)))

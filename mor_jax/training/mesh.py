@@ -39,21 +39,30 @@ def make_mesh(description: str = "", devices: Sequence[Any] | None = None) -> Me
       devices: the devices to use, all of them in that order; None takes every device, or as many as the sizes ask for.
 
     Raises:
-      MeshError: an axis is unknown or given twice, a size is not a number, or the sizes do not fit the devices.
+      MeshError: an axis is unknown or given twice, a size is not a number, or the sizes do not fit the devices, or
+        leave some of them out beside a -1.
     """
     sizes = _parse(description or "data=-1")
     available = list(jax.devices() if devices is None else devices)
-    known = 1
-    for size in sizes.values():
-        known *= 1 if size == -1 else size
+    known = math.prod(size for size in sizes.values() if size != -1)
     for axis, size in sizes.items():
         if size == -1:
+            _check_divides(description, known, len(available))
             sizes[axis] = len(available) // known
     needed = math.prod(sizes.values())
-    if needed > len(available) or needed < 1 or (devices is not None and needed != len(available)):
-        raise MeshError(f"mesh={description!r} asks for {needed or known} devices and there are {len(available)}")
+    if needed > len(available) or (devices is not None and needed != len(available)):
+        raise MeshError(f"mesh={description!r} asks for {needed} devices and there are {len(available)}")
     shape = tuple(sizes[axis] for axis in AXES)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=available[:needed])
+
+
+def _check_divides(description: str, known: int, count: int) -> None:
+    """Returns when the given sizes leave a whole number of devices to the axis that takes the rest."""
+    if count % known:
+        fits = max(size for size in range(1, min(known, count) + 1) if count % size == 0)
+        raise MeshError(
+            f"mesh={description!r}: the sizes make {known}, which does not divide {count} devices: make them {fits}"
+        )
 
 
 def _parse(description: str) -> dict[str, int]:

@@ -19,6 +19,8 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
+from mor_jax.merging import APPROXIMATIONS
+
 
 class MetricsWriter:
     """Appends `metrics.jsonl` and TensorBoard events in a run folder.
@@ -221,7 +223,7 @@ class TargetRow:
     trainable: int
     frozen: int
     optimizer_bytes: int
-    merges: str = ""  # "exact", "approximate", or empty where nothing is merged
+    merges: str = ""  # "exact", "approximate", what has to be set first, or empty where nothing is merged
 
 
 def print_targets(rows: Sequence[TargetRow], title: str, stream: TextIO | None = None) -> None:
@@ -244,7 +246,6 @@ def print_targets(rows: Sequence[TargetRow], title: str, stream: TextIO | None =
     sums = [sum(getattr(row, name) for row in rows) for name in ("trainable", "frozen", "optimizer_bytes")]
     table.add_section()
     table.add_row("total", "", "", *(f"{total:,}" for total in sums))
-    exact = all(row.merges != "approximate" for row in rows)
-    how = "exactly" if exact else "approximately (mor merge --gates distill, least_squares, mean or task:NAME)"
-    table.caption = f"merges into the base {how}; exports as hf (merged), safetensors and peft (the adapter alone)"
+    how = next((row.merges for row in rows if row.merges not in ("", "exact")), "exact")
+    table.caption = "merge into the base: " + (f"{how} ({APPROXIMATIONS})" if how == "approximate" else how)
     Console(file=stream or sys.stderr, width=None if sys.stderr.isatty() else 120).print(table)

@@ -222,7 +222,7 @@ def _start(plan: AdapterPlan, optimizer: optax.GradientTransformation, rules: Ru
 def state_shardings(
     plan: AdapterPlan, state: TrainState, constants: Any, optimizer: Any, specs: Any, mesh: Mesh
 ) -> StateShardings:
-    """Shardings for an (abstract) state: adapters follow their kernels, moments follow their adapters."""
+    """Shardings for an (abstract) state: adapters follow their kernels, moments and copies follow their adapters."""
     known = adapter_specs(plan, specs)
 
     def spec(path, leaf):
@@ -231,13 +231,19 @@ def state_shardings(
             found = found.get(part.key, PartitionSpec()) if isinstance(found, Mapping) else found
         return spread(found if isinstance(found, PartitionSpec) else PartitionSpec(), leaf, mesh)
 
+    def remembered(path, leaf):
+        site, name = (getattr(part, "key", None) for part in path[-2:])
+        trained = state.adapters.get(site, {}).get(name)
+        return spec(path[-2:], leaf) if trained is not None and trained.shape == leaf.shape else PartitionSpec()
+
     own = jax.tree.map_with_path(spec, state.adapters)
-    whole = lambda tree: jax.tree.map(lambda _: PartitionSpec(), tree)  # noqa: E731 - one line, used thrice
+    rule_state = jax.tree.map_with_path(remembered, state.rule_state)
+    whole = lambda tree: jax.tree.map(lambda _: PartitionSpec(), tree)  # noqa: E731 - one line, used twice
     moments = optax.tree.map_params(
         optimizer, lambda _, spec: spec, state.opt_state, own, transform_non_params=lambda _: PartitionSpec()
     )
     everywhere: Any = PartitionSpec()
-    state_specs = TrainState(everywhere, own, whole(state.adapter_state), moments, whole(state.rule_state), everywhere)
+    state_specs = TrainState(everywhere, own, whole(state.adapter_state), moments, rule_state, everywhere)
     return StateShardings(
         state=shardings_of(state_specs, mesh),
         params=shardings_of(specs, mesh),

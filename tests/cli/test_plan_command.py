@@ -1,11 +1,15 @@
 """`mor plan` from the command line: one JSON object with the keys of the contract, a table, errors in a line."""
 
+import dataclasses
 import json
+import shlex
 
 import pytest
 import tiny_llama as tiny
 
-from mor_jax.cli.main import main
+from mor_jax.cli.main import _parse, main
+from mor_jax.cli.plan import train_words
+from mor_jax.training.config import TrainConfig, config_from_mapping
 
 WORDS = ("--topology", "cpu:8", "--mesh", "fsdp=2,sequence=2,tensor=2", "--batch-size", "4", "--sequence-length", "16")
 SMALL = ("--targets", "up_proj", "--rank", "2", "--remat", "full", "--method", "lora")
@@ -46,6 +50,21 @@ def test_a_plan_from_a_lone_config_is_one_json_object_and_a_table(lone_config, c
     assert "estimate" in table
     assert "all-reduce" in table
     assert "merge, peak a device: 0.00" in table
+    assert "--mesh data=1,fsdp=2,sequence=2,tensor=2" in found["train"]
+    assert found["train"] in table
+
+
+def test_the_plan_names_the_training_that_takes_its_step():
+    """Parsed by `mor train`, its words are the configuration that was planned."""
+    options = {"router": "balanced"}
+    planned = TrainConfig(
+        method="mor", batch_size=16, mesh="fsdp=4", dtype="bfloat16", scan_layers=False, targets=("q_proj", "up_proj"),
+        overrides={".*q_proj": {"rank": 4}}, options=options, learning_rate=3e-4,
+    )  # fmt: skip
+    mor, train, *words = shlex.split(train_words("some/model", planned))
+    assert (mor, train) == ("mor", "train")
+    given = {name: value for name, value in vars(_parse("train", words)).items() if name not in ("json", "config")}
+    assert config_from_mapping(given) == dataclasses.replace(planned, model="some/model")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Adapt, train ten steps and merge models that we did not write; gradients against a merge written by hand."""
+"""Adapt, train, merge, save and load models that we did not write; gradients against a merge written by hand."""
 
 import re
 import sys
@@ -11,25 +11,47 @@ import optax
 import pytest
 
 from mor_jax.adapters import make_adapter
-from mor_jax.injection import Adapted, init_leaves, resolve_sites
+from mor_jax.injection import DEFAULT_KINDS, Adapted, InjectionError, init_leaves, resolve_sites
 from mor_jax.merging import merge
+from mor_jax.training.adapter_file import load_adapter, save_adapter
+from mor_jax.training.checkpoint import fingerprint
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from foreign_models import GEMMA_MISSING, MODELS
 
 RANK, ALPHA = 3, 6.0
+METHODS = {
+    "lora": make_adapter("lora", rank=RANK, alpha=ALPHA),
+    "mor": make_adapter("mor", rank=RANK, alpha=ALPHA, num_experts=4, router="mean"),
+}
+CASES = [*((model, "lora") for model in MODELS), ("convolutional_net", "mor")]
+
+
+def lora_by_hand(leaf):
+    return leaf["a"] @ leaf["b"]
+
+
+def mor_by_hand(leaf):
+    """The mean of the experts, each LoRA with its own scaling of the rank's columns and of the outputs."""
+    experts = [
+        (leaf["a"] * own_a) @ (leaf["b"] * own_b) for own_a, own_b in zip(leaf["lam_a"], leaf["lam_b"], strict=True)
+    ]
+    return sum(experts) / len(experts)
+
+
+BY_HAND = {"lora": lora_by_hand, "mor": mor_by_hand}
 
 
 class Case:
-    """One model with LoRA at its sites, nudged off zero, and a loss of some made-up targets."""
+    """One model with a method at its sites, nudged off zero, and a loss of some made-up targets."""
 
-    def __init__(self, name):
+    def __init__(self, name, method):
         foreign = self.foreign = MODELS[name]()
         self.params = foreign.model.init(jax.random.key(0), *foreign.args, **foreign.kwargs)["params"]
-        adapter = make_adapter("lora", rank=RANK, alpha=ALPHA)
+        self.change = BY_HAND[method]
         self.plan = resolve_sites(
-            foreign.model, adapter, foreign.targets, *foreign.args, kinds=foreign.kinds, **foreign.kwargs
+            foreign.model, METHODS[method], foreign.targets, *foreign.args, kinds=foreign.kinds, **foreign.kwargs
         )
         self.leaves = init_leaves(jax.random.key(1), self.plan, self.params)
         keys = iter(jax.random.split(jax.random.key(2), 1000))
@@ -51,7 +73,7 @@ class Case:
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
     def merged_by_hand(self, adapters):
-        """Kernels plus (alpha / rank) a b, laid out as the model's author would."""
+        """Kernels plus (alpha / rank) times the change, laid out as the model's author would."""
         merged = jax.tree.map(lambda leaf: leaf, self.params)
         for path, leaf in adapters.items():
             *parents, last = path.split("/")
@@ -60,14 +82,14 @@ class Case:
                 module = module[part]
             layout = next(of for end, of in self.foreign.layout.items() if path.endswith(end))
             kernel = module[last][self.foreign.kernel]
-            change = layout(ALPHA / RANK * leaf["a"] @ leaf["b"], kernel.shape)
+            change = layout(ALPHA / RANK * self.change(leaf), kernel.shape)
             module[last] = {**module[last], self.foreign.kernel: kernel + change}
         return merged
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
 def case(request):
-    return Case(request.param)
+    return Case(*request.param)
 
 
 def test_every_target_is_a_site(case):
@@ -112,6 +134,19 @@ def test_ten_steps_lower_the_loss_and_the_merge_computes_the_same(case):
     merged = merge(case.params, case.leaves._replace(params=adapters), case.plan)
     assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, dict(case.params))
     np.testing.assert_allclose(case.base_forward(merged), case.forward(adapters), atol=2e-5, rtol=1e-4)
+
+
+def test_a_saved_adapter_is_the_same_when_it_is_loaded(case, tmp_path):
+    foreign = case.foreign
+    folder = save_adapter(tmp_path / "adapter", case.plan, case.nudged, {"base_fingerprint": fingerprint(case.params)})
+    plan, leaves, _ = load_adapter(
+        folder, foreign.model, case.params, *foreign.args, kinds=foreign.kinds, **foreign.kwargs
+    )
+    assert plan == case.plan
+    jax.tree.map(np.testing.assert_array_equal, leaves, case.nudged)
+    if foreign.kinds != DEFAULT_KINDS:
+        with pytest.raises(InjectionError, match="LinearKind"):
+            load_adapter(folder, foreign.model, case.params, *foreign.args, **foreign.kwargs)
 
 
 def test_the_readme_finds_the_sites_of_gemma_2b():

@@ -308,6 +308,23 @@ def test_best_is_the_smallest_measured_kl_and_task_merges_fit_their_task(toy):
         merge_routed(model, params, leaves, plan, gates="median", **options)
 
 
+def test_a_candidate_that_is_not_finite_is_left_out(toy, caplog):
+    model, params, leaves, plan = toy
+    options = {"calibration": batches(2), "heldout": batches(2, seed=9), "call": call}
+
+    def fails():
+        raise FloatingPointError("step 3 went wrong")
+
+    others = {"fails": fails, "nan": lambda: jax.tree.map(lambda leaf: leaf * jnp.nan, params)}
+    _, report = merge_routed(model, params, leaves, plan, others=others, **options)
+    assert set(report.candidates) == {"mean", "least_squares", "sequential"}
+    assert "fails: step 3 went wrong" in caplog.text
+    assert "nan is no candidate" in caplog.text
+    broken = leaves._replace(params=jax.tree.map(lambda leaf: leaf * jnp.nan, leaves.params))
+    with pytest.raises(FloatingPointError, match="is the adapter finite"):
+        merge_routed(model, params, broken, plan, **options)
+
+
 def test_exact_methods_report_rounding_only_and_need_no_calibration():
     model, params, leaves, plan = make(LoRA(rank=2))
     _, report = merge_routed(

@@ -24,8 +24,9 @@ from mor_jax.training.mesh import held_rows, make_mesh, put_batch
 
 
 def config_of(files, folder, **fields):
-    """A plain LoRA whose kernels and factors are split over the devices of both processes."""
-    small = {"method": "lora", "mesh": "fsdp=8", "accumulate": 1, "targets": ("up_proj",), "save_every": 2}
+    """A MoR whose kernels and factors are split over the devices of both processes; each device sums its gradients."""
+    small = {"mesh": "fsdp=8", "batch_size": 16, "accumulate": 2, "targets": ("up_proj",), "save_every": 2}
+    small |= {"dropout": 0.0, "options": {}, "optimizer": "sgd", "optimizer_options": {"momentum": 0.9}, "learning_rate": 0.3}
     return tiny_runs.config_of(files, folder, **small | fields)
 
 

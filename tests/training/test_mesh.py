@@ -34,6 +34,15 @@ def test_impossible_descriptions_are_named(description):
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("description", "known", "fits"),
+    [("data=3,fsdp=-1", 3, 2), ("data=-1,fsdp=2,tensor=3", 6, 4), ("data=16,fsdp=-1", 16, 8)],
+)
+def test_all_that_is_left_leaves_no_device_out(description, known, fits):
+    with pytest.raises(MeshError, match=rf"mesh='{description}': .* {known}, .* 8 devices: make them {fits}$"):
+        make_mesh(description)
+
+
 def test_given_devices_are_all_used_in_their_order():
     chosen = jax.devices()[4:2:-1]
     assert list(make_mesh("data=2", chosen).devices.ravel()) == chosen

@@ -100,12 +100,12 @@ def test_the_table_has_every_site_its_sums_and_says_what_merges():
     stream = io.StringIO()
     print_targets(rows, "title", stream)
     text = " ".join(stream.getvalue().split())
-    for word in ("up_proj", "2 x (4, 8)", "1,200", "9,600", "65", "approximate", "exports as hf"):
+    for word in ("up_proj", "2 x (4, 8)", "1,200", "9,600", "65", "approximate"):
         assert word in text
-    assert "merges into the base approximately" in text
+    assert "merge into the base: approximate (distill, " in text
     stream = io.StringIO()
     print_targets([TargetRow("q", "", "", 1, 1, 1, "exact")], "title", stream)
-    assert "merges into the base exactly" in stream.getvalue()
+    assert "merge into the base: exact" in stream.getvalue()
 
 
 def test_the_bar_shows_loss_speed_and_memory():

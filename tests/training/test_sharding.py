@@ -67,13 +67,11 @@ def _run(method, layout=None):
 TRIPLES = ("data=2,fsdp=2,tensor=2", "data=2,fsdp=2,sequence=2", "data=2,sequence=2,tensor=2")
 TRIPLES = (*TRIPLES, "fsdp=2,sequence=2,tensor=2")
 PAIRS = ("data=4,tensor=2", "fsdp=4,tensor=2", "data=2,sequence=4", "fsdp=2,sequence=4", "sequence=4,tensor=2")
-ALONE = ("sequence=8", "tensor=2")  # data, fsdp and the two together are in test_step.py
-OTHERS = [(layout, method) for layout in TRIPLES[::3] for method in METHODS if method != "mor at sites"]
+LAYOUTS = (*TRIPLES, *PAIRS, "data=2,fsdp=2", "data=4", "fsdp=4", "sequence=8", "tensor=2")
 
 
-@pytest.mark.parametrize(
-    ("layout", "method"), [(layout, "mor at sites") for layout in (*TRIPLES, *PAIRS, *ALONE)] + OTHERS
-)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_combination_of_axes_equals_one_device(layout, method):
     (one, loss, statistics), _ = _run(method)
     (many, many_loss, many_statistics), params = _run(method, layout)
@@ -83,6 +81,19 @@ def test_each_combination_of_axes_equals_one_device(layout, method):
     mesh = make_mesh(layout)
     kernel = params["layers"]["mlp"]["up_proj"]["kernel"]
     assert kernel.size // kernel.addressable_shards[0].data.size == mesh.size // mesh.shape["data"]
+
+
+def test_what_a_rule_remembers_of_a_factor_lies_where_the_factor_lies():
+    """BeamLoRA keeps its factors of half an interval ago, as large as the factors themselves."""
+    adapted = tiny.adapted_decoder("beamlora", CONFIG, rank=2)
+    rules, mesh, params = plan_rules(adapted.plan, total_steps=100), make_mesh("fsdp=8"), abstract_params(CONFIG)
+    specs = param_specs(params, mesh, smallest=1, axes=logical_axes(params))
+    _, _, shardings = abstract_state(adapted, params, rules.wrap(optax.sgd(1.0)), mesh, specs, rules)
+    (kept,) = shardings.state.rule_state.values()
+    for site, own in kept.items():
+        factors = shardings.state.adapters[site]
+        assert {name: own[name].spec for name in own} == {name: factors[name].spec for name in ("a", "b")}
+        assert any("fsdp" in str(sharding.spec) for sharding in own.values())
 
 
 def test_each_axis_is_split_as_the_table_says():

@@ -85,6 +85,9 @@ def two(files, tmp_path_factory):
     assert pair.wait() == [0, 0]
     assert json.loads(pair.output(0))["steps"] == STEPS
     assert pair.output(1) == ""
+    assert "step/s" in pair.errors(0)
+    assert "step/s" not in pair.errors(1)
+    assert pair.messages(1) == []
     return run
 
 
@@ -96,9 +99,10 @@ def test_two_processes_that_were_killed_and_stopped_train_what_one_does(two, fil
 
 def _commands(run, files, folder):
     held_out = f"add={files}/held_out_add.jsonl"
+    imitated = ("--gates", "least_squares", "--rank", "2", "--batches", "2")
     return [
-        ["merge", str(run), "--output-dir", str(folder / "merge")],
-        ["export", str(run), "--format", "peft", "--output-dir", str(folder / "export")],
+        ["merge", str(run), "--gates", "mean", "--batches", "2", "--output-dir", str(folder / "merge")],
+        ["export", str(run), *imitated, "--format", "peft", "--output-dir", str(folder / "export")],
         ["eval", str(run), "--data", held_out, "--sequence-length", "48", "--json"],
     ]
 

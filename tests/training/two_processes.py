@@ -38,9 +38,13 @@ class Pair:
         """What a process printed on stdout."""
         return self._files[number][0].read_text()
 
+    def errors(self, number):
+        """What a process printed on stderr."""
+        return self._files[number][1].read_text()
+
     def messages(self, number):
         """The lines of a process on stderr that begin as ours do."""
-        text = self._files[number][1].read_text().replace("\r", "\n")
+        text = self.errors(number).replace("\r", "\n")
         return [line for line in text.splitlines() if line.startswith("mor: ")]
 
     def wait(self, seconds=600):

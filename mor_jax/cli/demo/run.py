@@ -159,7 +159,7 @@ def measure_merges(
         figures[name] = {"kl": report.kl, "accuracy": by_task.pop("mean"), "accuracy_by_task": by_task}
         if not name.startswith("task:"):
             candidates[name] = compare(merged, parts["validation"].rows, name).kl
-            if candidates[name] == min(candidates.values()):
+            if default is None or candidates[name] < candidates[default[1].method]:
                 default = merged, report
     assert default is not None
     return figures, default[0], dataclasses.replace(default[1], candidates=candidates)
