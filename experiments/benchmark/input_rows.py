@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from programs import Program, Shape, adapter_program, make_batch, make_params, time_ratio
 
 from mor_jax.adapters import LoRA
-from mor_jax.data import load_examples, make_iterator, make_plan, parse_sources
+from mor_jax.data import load_examples, load_tokenizer, make_iterator, make_plan, parse_sources
 from mor_jax.training.checkpoint import Checkpoints
 
 SAVE_EVERY = 50
@@ -26,9 +26,7 @@ SAVE_EVERY = 50
 
 def _read(data: tuple[str, ...], tokenizer: str, row_length: int) -> tuple[Any, int]:
     """The examples, over-long ones cut at a row, and the vocabulary that they need."""
-    from transformers import AutoTokenizer
-
-    found = AutoTokenizer.from_pretrained(tokenizer)
+    found = load_tokenizer(tokenizer)
     return load_examples(parse_sources(data), found, row_length), len(found)
 
 

@@ -28,7 +28,8 @@ import tables
 
 from mor_jax.cli.calibration import Batches, merge_batches
 from mor_jax.cli.demo import run
-from mor_jax.cli.opening import LiveModel, load_tokenizer, open_run
+from mor_jax.cli.opening import LiveModel, open_run
+from mor_jax.data import load_tokenizer
 from mor_jax.merging import (
     compare_logits,
     language_model_call,

@@ -26,7 +26,8 @@ import tasks
 from variants import METHODS, slug
 
 from mor_jax.cli.evaluate import generation_question
-from mor_jax.cli.opening import LiveModel, end_ids, load_tokenizer, open_model, open_run
+from mor_jax.cli.opening import LiveModel, end_ids, open_model, open_run
+from mor_jax.data import load_tokenizer
 from mor_jax.evaluation.generation import exact_match, left_padded
 from mor_jax.models import init_cache
 from mor_jax.training.config import TrainConfig

@@ -2,7 +2,7 @@
 
 from mor_jax.adapters.adalora import AdaLoRA
 from mor_jax.adapters.alora import ALoRA
-from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, NotMergeable, Site
+from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, NotMergeable, Site, site_id
 from mor_jax.adapters.beamlora import BeamLoRA
 from mor_jax.adapters.dora import DoRA
 from mor_jax.adapters.dylora import DyLoRA
@@ -43,4 +43,5 @@ __all__ = [
     "get_method",
     "make_adapter",
     "method_options",
+    "site_id",
 ]

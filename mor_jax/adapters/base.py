@@ -44,10 +44,10 @@ class Site:
     first_layer: int = 0
     depth: int = 0
 
-    @property
-    def identifier(self) -> int:
-        """A number for the path that does not depend on the other sites, for keys."""
-        return zlib.crc32(self.path.encode()) & 0x7FFFFFFF
+
+def site_id(path: str) -> int:
+    """A number for a path that does not depend on the other sites, for keys."""
+    return zlib.crc32(path.encode()) & 0x7FFFFFFF
 
 
 class Leaves(NamedTuple):

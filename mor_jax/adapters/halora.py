@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, NotMergeable, Site
+from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, NotMergeable, Site, site_id
 from mor_jax.adapters.constants import constants_key
 from mor_jax.adapters.low_rank import LowRank, expand, start_factors
 
@@ -68,7 +68,7 @@ class HaLoRA(LowRank):
 
     def init(self, key: Array, site: Site, layer: Array, kernel: Kernel) -> Leaves:
         """{"a": (in, rank), "b": (rank, out)}, a uniform and b 0; constant {"place": (2,) int32}, site and layer."""
-        place = jnp.stack([jnp.int32(site.identifier), jnp.asarray(layer + site.first_layer, jnp.int32)])
+        place = jnp.stack([jnp.int32(site_id(site.path)), jnp.asarray(layer + site.first_layer, jnp.int32)])
         return Leaves(start_factors(key, site, self.rank), {}, {"place": place})
 
     def noise(self, leaves: Leaves, kernel: Kernel, step: Array) -> Array:

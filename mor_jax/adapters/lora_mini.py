@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site
+from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site, site_id
 from mor_jax.adapters.constants import constants_key, rebuildable_normal
 from mor_jax.adapters.low_rank import LowRank, expand, kaiming_uniform
 
@@ -43,7 +43,7 @@ class LoRAMini(LowRank):
 
     def init(self, key: Array, site: Site, layer: Array, kernel: Kernel) -> Leaves:
         """Trained {"a": (m, rank), "b": (rank, n)}, constants {"outer_a": (in, m), "outer_b": (n, out)}, float32."""
-        root = constants_key(self.seed, site.identifier, layer)
+        root = constants_key(self.seed, site_id(site.path), layer)
         keys = [jax.random.fold_in(root, i) for i in range(2)]
         outer_a = rebuildable_normal(keys[0], site.in_features**-0.5, (site.in_features, self.inner_in))
         outer_b = rebuildable_normal(keys[1], self.inner_out**-0.5, (self.inner_out, site.out_features))

@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 
 from mor_jax.cli.flags import UsageError
-from mor_jax.cli.opening import LiveModel, at_rank, end_ids, load_tokenizer, open_model
+from mor_jax.cli.opening import LiveModel, at_rank, end_ids, open_model
 from mor_jax.cli.options import EvalOptions
 from mor_jax.data import (
     DataError,
     DataSource,
     Examples,
     build_row,
+    check_unicode,
     encode_record,
     load_examples,
     load_labelled,
+    load_tokenizer,
     parse_source,
     read_records,
     stack_rows,
@@ -38,6 +40,8 @@ def evaluate_command(options: EvalOptions) -> dict[str, Any]:
     for name in ("batch_size", "max_new_tokens"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    if options.limit < 0:
+        raise UsageError(f"--limit must be at least 0, got {options.limit}; 0 measures all")
     if options.sequence_length < 2:
         raise UsageError(f"--sequence-length must be at least 2, got {options.sequence_length}")
     source = parse_source(options.data)
@@ -103,16 +107,19 @@ def choice_question(record: dict[str, Any], tokenizer: Any, where: str) -> Choic
     `question` and `choices` are taken for `prompt` and `options`. An option is tokenised by itself, as it is written.
 
     Raises:
-      DataError: a field is missing, or the answer is not among the options.
+      DataError: a field is missing or not Unicode text, or the answer is not among the options.
     """
     prompt = _field(record, where, ("prompt", "question"), str)
-    texts = _field(record, where, ("options", "choices"), list)
+    texts = [str(text) for text in _field(record, where, ("options", "choices"), list)]
+    check_unicode(prompt, "the prompt", where)
+    for number, text in enumerate(texts, 1):
+        check_unicode(text, f"option {number}", where)
     answer = _field(record, where, ("answer",), (int, str))
     if isinstance(answer, str):
         if answer not in texts:
             raise DataError(f"{where}: the answer {answer!r} is not among the options; give its index or its text")
         answer = texts.index(answer)
-    encoded = [tuple(tokenizer(str(text), add_special_tokens=False)["input_ids"]) for text in texts]
+    encoded = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     try:
         return ChoiceQuestion(
             prompt=tuple(tokenizer(prompt)["input_ids"]),

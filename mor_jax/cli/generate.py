@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from mor_jax.cli.flags import UsageError
-from mor_jax.cli.opening import end_ids, load_tokenizer, open_model
+from mor_jax.cli.opening import end_ids, open_model
 from mor_jax.cli.options import GenerateOptions
+from mor_jax.data import load_tokenizer
 
 
 def prompt_tokens(options: GenerateOptions, tokenizer: Any) -> list[int]:

@@ -46,7 +46,7 @@ def methods_command() -> list[dict[str, Any]]:
 
 
 def inspect_command(options: InspectOptions) -> dict[str, Any]:
-    """What a method would adapt in a model, from its `config.json` alone; no array is allocated.
+    """What a method would adapt in a model, from its `config.json` or well-known name alone; no array is allocated.
 
     Keys: `sites` (list of path, kernel, layers, method, rank, trainable_parameters, frozen_parameters, mergeable),
     `trainable_parameters`, `frozen_parameters`, `optimizer_bytes`, `mergeable`, `exportable`.
@@ -59,14 +59,13 @@ def inspect_command(options: InspectOptions) -> dict[str, Any]:
 
     from mor_jax.injection import resolve_sites
     from mor_jax.merging import merge_words
-    from mor_jax.models import abstract_params, make_model
-    from mor_jax.models.hf import read_config
+    from mor_jax.models import abstract_params, known_config, make_model
     from mor_jax.training.config import config_from_mapping
 
     named = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
     given = {name: value for name, value in named.items() if value is not None}
     chosen = config_from_mapping(given, "command line")
-    model = dataclasses.replace(read_config(options.model), scan_layers=options.scan_layers)
+    model = dataclasses.replace(known_config(options.model), scan_layers=options.scan_layers)
     example = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     overrides, modules = chosen.override_adapters(), chosen.trained_modules
     plan = resolve_sites(

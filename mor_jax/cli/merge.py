@@ -11,9 +11,9 @@ from typing import Any
 from mor_jax.adapters import Adapter, Leaves
 from mor_jax.cli.calibration import Batches, merge_batches
 from mor_jax.cli.flags import UsageError, parse_options
-from mor_jax.cli.opening import LiveModel, at_rank, load_tokenizer, open_run
+from mor_jax.cli.opening import LiveModel, at_rank, open_run
 from mor_jax.cli.options import ExportOptions, MergeOptions
-from mor_jax.data import DataError
+from mor_jax.data import DataError, load_tokenizer
 from mor_jax.export import export_hf, probe_tokens
 from mor_jax.injection import AdapterPlan
 from mor_jax.merging import (

@@ -167,21 +167,6 @@ def open_run(path: str | Path, dtype: str | None = None) -> LiveModel:
     return LiveModel(Path(train.model), config, params, run, train, plan, leaves, metadata)
 
 
-def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer in a model's directory; no code of the directory is run.
-
-    Raises:
-      UsageError: there is none, or it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"{directory}: no readable tokenizer ({reason}); copy its tokenizer files there") from error
-
-
 def end_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
     """Tokens that end a text: those of `generation_config.json`, else the tokenizer's own."""
     from mor_jax.models.hf_config import read_json

@@ -21,7 +21,7 @@ class DemoOptions:
     """Options of `mor demo`."""
 
     output_dir: str = "mor_demo"  # folder of everything that the demo writes
-    seed: int = 0  # of data order and initial adapters
+    seed: int = 0  # of the data, their order and the initial adapters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class EvalOptions:
     batch_size: int = 4  # rows at once
     sequence_length: int = 512  # longest row in tokens
     max_new_tokens: int = 64  # generation only
-    limit: int = 0  # records that are read; 0 reads all
+    limit: int = 0  # examples that are measured; 0 measures all
     rank: int = 0  # of an adapter trained for all smaller ranks (dylora); 0 takes its own
     dtype: Literal["float32", "bfloat16"] | None = None  # of the computation; the run's own, or float32
 
@@ -44,7 +44,7 @@ class GenerateOptions:
     """Options of `mor generate`."""
 
     model: str  # Hugging Face directory, or the run folder of `mor train`
-    prompt: str  # what the text goes on from
+    prompt: str  # text to continue
     max_new_tokens: int = 64  # it may end earlier, at the model's end token
     greedy: bool = False  # the likeliest token each time; else sampling
     temperature: float = 1.0  # of sampling
@@ -61,10 +61,10 @@ class MergeOptions:
     run: str  # run folder of `mor train`
     output_dir: str  # Hugging Face directory to be made
     gates: str = ""  # where gates read the input: least_squares, sequential, distill, mean, task:NAME; empty: the best
-    rank: int = 0  # of the LoRA that stands for such gates (0: full; distill: the adapter's own), or to cut dylora to
-    mergeable: bool = False  # merge also what is meant to stay apart from its base (halora)
+    rank: int = 0  # of the low-rank merge (0: full rank; distill: the adapter's own); for dylora the rank to cut to
+    mergeable: bool = False  # also merge HaLoRA, which is meant to stay beside its base
     calibration: str = ""  # records that approximations are fitted on; empty takes the run's training data
-    batches: int = 8  # calibration batches, and as many to measure fidelity on
+    batches: int = 8  # for calibration, as many more for fidelity; sequential runs all calibration rows at once, twice
     steps: int = 200  # of distill
     learning_rate: float = 3e-3  # of distill
     seed: int = 0  # of distill: the order of the calibration batches
@@ -82,7 +82,7 @@ class ExportOptions:
     rank: int = 0  # as in `mor merge`; peft: 0 takes the adapter's own rank
     mergeable: bool = False  # as in `mor merge`
     calibration: str = ""  # as in `mor merge`
-    batches: int = 8  # as in `mor merge`
+    batches: int = 8  # as in `mor merge`: sequential runs all calibration rows at once, twice
     steps: int = 200  # as in `mor merge`
     learning_rate: float = 3e-3  # as in `mor merge`
     seed: int = 0  # as in `mor merge`
@@ -92,7 +92,7 @@ class ExportOptions:
 class InspectOptions:
     """Options of `mor inspect`."""
 
-    model: str  # Hugging Face directory; a lone config.json is enough
+    model: str  # Hugging Face directory, a lone config.json, or a name such as Llama-3.1-8B
     method: str = "mor"  # name in the registry of adapters
     rank: int | None = None  # of the factors; the method's own, unless it is given
     alpha: float | None = None
@@ -109,7 +109,6 @@ class InspectOptions:
 class PlanOptions(InspectOptions):
     """Options of `mor plan`."""
 
-    model: str  # Hugging Face directory, a lone config.json, or a name such as Llama-3.1-8B
     topology: str = "cpu:1"  # the slice: v4, v5e, v5p, v6e or tpu7x with its shape (v5e:4x4), or cpu:8
     batch_size: int = 8  # rows of one optimiser step, over all devices and micro-batches
     accumulate: int = 1  # micro-batches a step is computed in

@@ -4,8 +4,9 @@ from mor_jax.data.classification import load_labelled
 from mor_jax.data.examples import OVERLONG, Examples, SourceCounts, load_examples
 from mor_jax.data.iterator import BATCH_FIELDS, Batch, BatchIterator, build_row, make_iterator, single_pass, stack_rows
 from mor_jax.data.packing import MODES, EpochRows, PackingPlan, make_plan, pack
-from mor_jax.data.records import Encoded, assistant_spans, encode_messages, encode_record
+from mor_jax.data.records import Encoded, assistant_spans, check_unicode, encode_messages, encode_record
 from mor_jax.data.sources import DataError, DataSource, parse_source, parse_sources, read_records
+from mor_jax.data.tokenizer import load_tokenizer
 
 __all__ = [
     "BATCH_FIELDS",
@@ -22,10 +23,12 @@ __all__ = [
     "SourceCounts",
     "assistant_spans",
     "build_row",
+    "check_unicode",
     "encode_messages",
     "encode_record",
     "load_examples",
     "load_labelled",
+    "load_tokenizer",
     "make_iterator",
     "make_plan",
     "pack",

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mor_jax.data.examples import OVERLONG, Examples, ExampleWriter, Overlong, SourceCounts
-from mor_jax.data.records import Encoded
+from mor_jax.data.records import Encoded, check_unicode
 from mor_jax.data.sources import DataError, DataSource, read_records
 
 TEXT_FIELDS = (("text",), ("sentence",), ("sentence1", "sentence2"), ("sentence1",))
@@ -151,6 +151,7 @@ def _texts(record: Mapping[str, Any], where: str) -> list[str]:
             raise DataError(
                 f"{where}: the field {name!r} must be text, found {type(text).__name__}; write it in quotes"
             )
+        check_unicode(text, f"the field {name!r}", where)
     return texts
 
 
@@ -160,6 +161,8 @@ def _label(record: Mapping[str, Any], where: str) -> int | str:
         return int(label)
     if not isinstance(label, int | str) or label == "":
         raise DataError(f"{where}: the field 'label' must be a whole number or a name, found {label!r}")
+    if isinstance(label, str):
+        check_unicode(label, "the field 'label'", where)
     return label
 
 

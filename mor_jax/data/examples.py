@@ -85,11 +85,6 @@ class Examples:
         return np.diff(self.offsets)
 
     @property
-    def num_tasks(self) -> int:
-        """How many tasks have an id."""
-        return len(self.tasks)
-
-    @property
     def truncated(self) -> int:
         """Over-long examples that lost their end, of all sources."""
         return sum(count.truncated for count in self.counts)

@@ -55,7 +55,7 @@ def stack_rows(rows: list[Batch]) -> Batch:
 
 
 class BatchIterator(grain.DatasetIterator):
-    """Endless batches over reshuffled epochs; a batch may span two. Orbax saves it through grain's handler."""
+    """Endless batches over reshuffled epochs; a batch may span two. Can also be saved by grain's Orbax handler."""
 
     def __init__(
         self,
@@ -71,16 +71,6 @@ class BatchIterator(grain.DatasetIterator):
         self._next_row = 0
         self._starts = [0]  # global number of the first row of each epoch walked so far, for unequal epochs
         self._cached: tuple[int, EpochRows, np.ndarray] | None = None
-
-    @property
-    def next_row(self) -> int:
-        """Global number of the first row of the next batch."""
-        return self._next_row
-
-    @property
-    def epoch(self) -> int:
-        """The epoch, from 0, that the next row belongs to."""
-        return self._locate(self._next_row)[0]
 
     def __next__(self) -> Batch:
         """The next batch; of several processes, the rows of it that this one holds."""

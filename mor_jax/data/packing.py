@@ -1,10 +1,9 @@
 """Which examples share a row, for every epoch: a pure function of token lengths, weights and a seed.
 
 An epoch's rows come from packing its examples, longest first, into rows of `row_length` tokens: each goes where it
-leaves the least space (`best_fit`), into the first row with room (`first_fit`), or alone into its own (`padded`). The
-seed decides among examples of equal length and the order of the rows, so each epoch has other neighbours but, with
-whole weights, equally many rows. No host, worker or batch size enters: rows are dealt by their
-global number, counted over all epochs.
+leaves the least space (`best_fit`), or alone into its own (`padded`). The seed decides among examples of equal length
+and the order of the rows, so each epoch has other neighbours but, with whole weights, equally many rows. No host,
+worker or batch size enters: rows are dealt by their global number, counted over all epochs.
 
 A source of weight w shows each of its examples floor(w) times an epoch, and a share of w - floor(w) of them once more;
 the shares of successive epochs take turns, so that all are seen equally often.
@@ -24,8 +23,8 @@ import numpy as np
 
 from mor_jax.data.examples import Examples
 
-Mode = Literal["best_fit", "first_fit", "padded"]
-MODES = ("best_fit", "first_fit", "padded")
+Mode = Literal["best_fit", "padded"]
+MODES = ("best_fit", "padded")
 _VERSION = 1  # raised whenever the same inputs would give other rows
 
 
@@ -55,7 +54,7 @@ class PackingPlan:
       weights: How often an example of each source occurs per epoch.
       row_length: Tokens in a row.
       seed: Decides ties, the order of rows and the turns of fractional weights.
-      mode: `best_fit`, `first_fit` or `padded` (one example per row).
+      mode: `best_fit` or `padded` (one example per row).
       fingerprint: SHA-256 of the examples' contents; part of the plan's hash.
 
     Raises:
@@ -116,7 +115,7 @@ class PackingPlan:
         if self.mode == "padded":
             return EpochRows(ids, np.arange(len(ids) + 1))
         ids = ids[np.argsort(-self.lengths[ids], kind="stable")]
-        rows = pack(self.lengths[ids], self.row_length, self.mode)
+        rows = pack(self.lengths[ids], self.row_length)
         order = permutation(len(rows), self.seed, 3, epoch)
         members = [rows[number] for number in order]
         offsets = np.zeros(len(rows) + 1, np.int64)
@@ -147,23 +146,18 @@ def make_plan(examples: Examples, row_length: int, seed: int = 0, mode: Mode = "
     )
 
 
-def pack(lengths: Sequence[int] | np.ndarray, row_length: int, mode: str = "best_fit") -> list[list[int]]:
+def pack(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[list[int]]:
     """Rows of indices into `lengths`, filled in the order given (decreasing lengths pack well); none over `row_length`.
 
-    `best_fit` puts each where the least space is left after it, `first_fit` into the oldest row with room. O(n log n)
-    or better.
+    Each goes where the least space is left after it. O(n log n) or better.
 
     >>> pack([5, 4, 3, 2, 2], 8)
     [[0, 2], [1, 3, 4]]
     """
-    return (_best_fit if mode == "best_fit" else _first_fit)([int(n) for n in lengths], row_length)
-
-
-def _best_fit(lengths: list[int], row_length: int) -> list[list[int]]:
     rows: list[list[int]] = []
     by_space: dict[int, list[int]] = {}  # free tokens -> rows
     spaces: list[int] = []  # sorted keys of by_space; at most row_length of them
-    for index, length in enumerate(lengths):
+    for index, length in enumerate(int(n) for n in lengths):
         at = bisect.bisect_left(spaces, length)
         if at == len(spaces):
             row, left = len(rows), row_length - length
@@ -179,25 +173,6 @@ def _best_fit(lengths: list[int], row_length: int) -> list[list[int]]:
             by_space[left] = []
         if left:
             by_space[left].append(row)
-    return rows
-
-
-def _first_fit(lengths: list[int], row_length: int) -> list[list[int]]:
-    """A tree of the most free tokens under each node finds the first row with room in log n steps."""
-    size = 1 << max(len(lengths) - 1, 0).bit_length()
-    most = [row_length] * (2 * size)
-    rows: list[list[int]] = []
-    for index, length in enumerate(lengths):
-        node = 1
-        while node < size:
-            node = 2 * node if most[2 * node] >= length else 2 * node + 1
-        if node - size == len(rows):
-            rows.append([])
-        rows[node - size].append(index)
-        most[node] -= length
-        while node > 1:
-            node //= 2
-            most[node] = max(most[2 * node], most[2 * node + 1])
     return rows
 
 

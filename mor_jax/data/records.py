@@ -149,7 +149,7 @@ def _messages(value: Any, where: str) -> list[dict[str, str]]:
     for number, message in enumerate(value, 1):
         if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise DataError(f"{where}: message {number} must have the text fields role and content")
-        _check_unicode(message["content"], where)
+        check_unicode(message["content"], f"message {number}", where)
     return [dict(message) for message in value]
 
 
@@ -157,16 +157,27 @@ def _text(record: Mapping[str, Any], field: str, where: str) -> str:
     value = record[field]
     if not isinstance(value, str):
         raise DataError(f"{where}: the field {field!r} must be text, found {type(value).__name__}; write it in quotes")
-    _check_unicode(value, where)
+    check_unicode(value, f"the field {field!r}", where)
     return value
 
 
-def _check_unicode(text: str, where: str) -> None:
-    """JSON may hold one half of a surrogate pair (a broken emoji), which no tokenizer takes."""
+def check_unicode(text: str, what: str, where: str) -> None:
+    """JSON may hold one half of a surrogate pair (a broken emoji), which no tokenizer takes.
+
+    Args:
+      text: To be tokenised.
+      what: Which part of the record it is, for the message.
+      where: The record's place, for the message.
+
+    Raises:
+      DataError: If the text holds such a half.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: character {error.start + 1} is half of a broken pair ({error.reason})") from None
+        raise DataError(
+            f"{where}: {what}: character {error.start + 1} is half of a broken pair ({error.reason}); mend or drop it"
+        ) from None
 
 
 def _encode_instruction(record: Mapping[str, Any], tokenizer: Any, where: str) -> Encoded:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
+from mor_jax.data import BATCH_FIELDS
 from mor_jax.evaluation.perplexity import LogitsFn, target_log_likelihood
 
 
@@ -63,9 +64,8 @@ def choice_batches(
     """
     rows = _choice_rows(questions, max_length)
     length = min(max_length, -(-max((len(tokens) for tokens, _ in rows), default=1) // 16) * 16)
-    names = ("input_ids", "targets", "loss_mask", "segment_ids", "positions", "task_ids", "prompt_mask")
     for start in range(0, len(rows), batch_size):
-        batch = {name: np.zeros((batch_size, length), np.int32) for name in names}
+        batch = {name: np.zeros((batch_size, length), np.int32) for name in BATCH_FIELDS}
         batch["input_ids"][:] = pad_id
         batch["targets"][:] = pad_id
         for row, (tokens, option_length) in enumerate(rows[start : start + batch_size]):

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from flax.core import meta
 from jax import Array
 
-from mor_jax.adapters import Adapter, AdapterInputs, Kernel, Leaves
+from mor_jax.adapters import Adapter, AdapterInputs, Kernel, Leaves, site_id
 from mor_jax.injection.chain import carried_chain, initial_chain, replace_chain
-from mor_jax.injection.leaves import RESERVED, init_leaves, join, prepare_leaves, site_id, site_leaves, with_shared
+from mor_jax.injection.leaves import RESERVED, init_leaves, join, prepare_leaves, site_leaves, with_shared
 from mor_jax.injection.linear import Contraction, LinearKind, find_kind
 from mor_jax.injection.plan import AdaptedSite, AdapterPlan, first_argument, resolve_sites
 from mor_jax.injection.targets import InjectionError

@@ -8,7 +8,6 @@ moved to where the kernel has them, so that a foreign ``nn.scan`` over ``params`
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ from flax.core import meta
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from mor_jax.adapters import AdapterInputs, Kernel, Leaves
+from mor_jax.adapters import AdapterInputs, Kernel, Leaves, site_id
 from mor_jax.injection.plan import AdaptedSite, AdapterPlan, get_path
 
 RESERVED = "adapter"
@@ -29,11 +28,6 @@ def set_path(tree: Mapping[str, Any], path: tuple[str, ...], value: Any) -> dict
     copy = dict(tree)
     copy[path[0]] = value if len(path) == 1 else set_path(copy.get(path[0], {}), path[1:], value)
     return copy
-
-
-def site_id(path: str) -> int:
-    """A number for a path that does not depend on the other sites."""
-    return zlib.crc32(path.encode()) & 0x7FFFFFFF
 
 
 def _layer_axes_leading(value: Array, adapted: AdaptedSite) -> Array:
@@ -231,11 +225,6 @@ def adapter_specs(plan: AdapterPlan, param_specs: Mapping[str, Any]) -> dict[str
     for path in plan.trained_modules:
         specs[path] = get_path(param_specs, tuple(path.split("/")))
     return specs
-
-
-def gate_shape(adapted: AdaptedSite) -> tuple[int, ...]:
-    """(layers..., N): the shape of constant gates for a site."""
-    return (*adapted.stack_sizes, adapted.adapter.num_gates)
 
 
 def count_bytes(tree: Any) -> int:

@@ -1,4 +1,4 @@
-"""How faithfully a merged model imitates the routed one, on data that calibration did not see; and the choice by it."""
+"""How faithfully a merged model imitates the routed one, on data that calibration did not see."""
 
 from __future__ import annotations
 
@@ -56,18 +56,6 @@ class FidelityReport:
         path = Path(directory) / "fidelity.json"
         path.write_text(json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         return path
-
-    def summary(self) -> str:
-        """A few lines for people."""
-        worst = max(((max(v), k) for k, v in self.site_errors.items() if v), default=(0.0, "-"))
-        lines = [
-            f"merge: {self.method} ({'exact up to rounding' if self.exact else 'approximate'})",
-            f"KL(routed || merged) {self.kl:.3g} nats over {self.tokens} held-out tokens",
-            f"largest logit difference {self.max_logit_difference:.3g}, same next token {self.same_token:.1%}",
-            f"largest relative site error {worst[0]:.3g} at {worst[1]}",
-        ]
-        lines += [f"task metric, {name}: {value:.4g}" for name, value in self.metrics.items()]
-        return "\n".join(lines)
 
 
 def check_unseen(calibration: Sequence[Batch], heldout: Sequence[Batch], key: str = "input_ids") -> None:

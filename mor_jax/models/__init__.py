@@ -4,7 +4,7 @@ from mor_jax.models.config import DecoderConfig, EncoderConfig, ModelConfig, Rop
 from mor_jax.models.decoder import Decoder, HeadKernel, head_kernel, init_cache
 from mor_jax.models.encoder import Encoder, mean_embedding
 from mor_jax.models.family import abstract_params, add_head, make_model, with_head
-from mor_jax.models.generation import CachedForward, continue_prompts, generate
+from mor_jax.models.generation import CachedForward, generate
 from mor_jax.models.hf import load_params, save_params
 from mor_jax.models.hf_config import config_to_hf, known_config, read_config
 from mor_jax.models.hf_json import ModelFileError
@@ -22,7 +22,6 @@ __all__ = [
     "abstract_params",
     "add_head",
     "config_to_hf",
-    "continue_prompts",
     "generate",
     "HeadKernel",
     "head_kernel",

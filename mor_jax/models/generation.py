@@ -16,9 +16,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mor_jax.models.config import DecoderConfig
-from mor_jax.models.decoder import init_cache
-
 # (variables, cache, ids (B, S), positions (B, S), segment_ids (B, S)) -> logits (B, 1 or S, V), cache
 ApplyFn = Callable[[Any, Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
@@ -147,33 +144,3 @@ def _generate(apply_fn, max_new_tokens, variables, cache, prompts, mask, tempera
     carry = (jnp.int32(1), token, mask.sum(axis=1), ends(token), tokens, cache)
     carry = jax.lax.while_loop(lambda c: (c[0] < max_new_tokens) & ~c[3].all(), step, carry)
     return carry[4]
-
-
-def continue_prompts(
-    model: nn.Module, config: DecoderConfig, variables: Any, prompts: Sequence[Sequence[int]], **options: Any
-) -> list[list[int]]:
-    """The continuation of each prompt as a list of ids, its end token last; prompts are padded on the left here.
-
-    Args:
-      model: `Decoder(config)`, or a module around it that has its call signature.
-      config: of the decoder.
-      variables: the collections of `model`, `{"params": params}` at least.
-      prompts: token ids, at least one in each.
-      **options: `max_new_tokens` (needed) and the other keywords of `generate`.
-
-    Raises:
-      ValueError: no prompts, an empty one, or an option out of range.
-    """
-    if not prompts or not all(prompts):
-        raise ValueError("continue_prompts needs at least one prompt, and at least one token in each")
-    length = max(map(len, prompts))
-    ids = jnp.asarray([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts], jnp.int32)
-    mask = jnp.asarray([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], jnp.int32)
-    cache = init_cache(config, len(prompts), length + options["max_new_tokens"])
-    tokens = generate(CachedForward(model), variables, cache, ids, mask, **options)
-    ends = set(options.get("eos_ids", ()))
-    cut = []
-    for row in tokens.tolist():
-        stop = next((place for place, token in enumerate(row, start=1) if token in ends), len(row))
-        cut.append(row[:stop])
-    return cut

@@ -24,6 +24,7 @@ from mor_jax.data import (
     PackingPlan,
     load_examples,
     load_labelled,
+    load_tokenizer,
     make_iterator,
     make_plan,
     parse_sources,
@@ -234,7 +235,7 @@ def _data(
     config: TrainConfig, shape: ModelConfig, mesh: jax.sharding.Mesh
 ) -> tuple[Batches, Held, tuple[str, ...], tuple[str, ...]]:
     """(training batches, held-out passes or None, tasks, classes or none)."""
-    tokenizer = _tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model)
     labels: tuple[str, ...] = ()
     sources = parse_sources(config.data)
     if isinstance(shape, EncoderConfig):
@@ -297,16 +298,6 @@ def _take_turns(passes: Sequence[Iterator[Any]]) -> Iterator[Any]:
     nothing = object()
     for turn in itertools.zip_longest(*passes, fillvalue=nothing):
         yield from (item for item in turn if item is not nothing)
-
-
-def _tokenizer(directory: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"model={directory!r}: no readable tokenizer ({reason}): copy its files there") from error
 
 
 def target_rows(run: Run, adapters: Any) -> list[TargetRow]:

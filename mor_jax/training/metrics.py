@@ -28,26 +28,22 @@ class MetricsWriter:
     On resume the lines after `step` are cut off, so that a file has each step once.
     """
 
-    def __init__(self, directory: str | Path, step: int = 0, tensorboard: bool = True):
+    def __init__(self, directory: str | Path, step: int = 0):
+        import tensorboardX
+
         self.path = Path(directory) / "metrics.jsonl"
         kept = [line for line in _lines(self.path) if _step_of(line) <= step] if step else []
         beside = self.path.with_suffix(".jsonl.tmp")
         beside.write_text("".join(kept), encoding="utf-8")
         os.replace(beside, self.path)
         self._stream = open(self.path, "a", encoding="utf-8")
-        self._events = None
-        if tensorboard:
-            import tensorboardX
-
-            self._events = tensorboardX.SummaryWriter(str(directory), purge_step=step + 1 if step else None)
+        self._events = tensorboardX.SummaryWriter(str(directory), purge_step=step + 1 if step else None)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one line: `step` and the values, arrays as lists; TensorBoard gets the numbers and flat mappings."""
         line = {"step": step} | {name: _plain(value) for name, value in values.items()}
         self._stream.write(json.dumps(line) + "\n")
         self._stream.flush()
-        if self._events is None:
-            return
         for name, value in values.items():
             for tag, number in _scalars(name, value):
                 self._events.add_scalar(tag, number, step)
@@ -55,8 +51,7 @@ class MetricsWriter:
     def close(self) -> None:
         """Flushes and closes both files."""
         self._stream.close()
-        if self._events is not None:
-            self._events.close()
+        self._events.close()
 
 
 def _lines(path: Path) -> list[str]:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mor_jax.data import BATCH_FIELDS
 from mor_jax.injection import Adapted, AdapterPlan, resolve_sites
 from mor_jax.models import Decoder, DecoderConfig, abstract_params
 from mor_jax.optim import Rules, plan_rules
@@ -28,8 +29,6 @@ from mor_jax.training.mesh import check_batch, check_length, make_mesh
 from mor_jax.training.optimizer import make_optimizer, plan_decay_mask
 from mor_jax.training.step import Loss, StateShardings, Step, TrainState, abstract_state, make_step
 from mor_jax.training.topology import Chip, Topology
-
-BATCH_FIELDS = ("input_ids", "targets", "loss_mask", "segment_ids", "positions", "task_ids", "prompt_mask")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -220,11 +220,6 @@ def shardings_of(specs: Any, mesh: Mesh) -> Any:
     )
 
 
-def put_params(params: Any, specs: Any, mesh: Mesh) -> Any:
-    """`params` placed on `mesh` as `specs` say."""
-    return jax.device_put(params, shardings_of(specs, mesh))
-
-
 def _axes_of(part: Any) -> tuple[str, ...]:
     return () if part is None else (part,) if isinstance(part, str) else tuple(part)
 

@@ -12,9 +12,11 @@ import pytest
 from mor_jax.adapters.registry import make_adapter
 from mor_jax.cli.demo import measure, run
 from mor_jax.cli.demo.tasks import LENGTHS, TASKS, make_strings, write_tasks
-from mor_jax.cli.opening import end_ids, load_tokenizer, open_model
+from mor_jax.cli.opening import end_ids, open_model
+from mor_jax.data import load_tokenizer
 from mor_jax.injection import resolve_sites
-from mor_jax.models import Decoder, continue_prompts
+from mor_jax.models import Decoder
+from tests.models.continuations import continue_prompts
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 

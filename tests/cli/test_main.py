@@ -129,6 +129,19 @@ def test_inspect_counts_a_seven_billion_model_from_its_config_alone(capsys, lone
     assert all(site["mergeable"] == "exact" and site["layers"] == 32 for site in sites.values())
 
 
+def test_inspect_takes_the_config_file_itself_and_a_known_name(capsys, lone_config):
+    flags = ["--method", "lora", "--rank", "16", "--targets", "q_proj"]
+    _, of_folder, _ = run_json(capsys, "inspect", lone_config, *flags)
+    code, of_file, _ = run_json(capsys, "inspect", f"{lone_config}/config.json", *flags)
+    assert code == 0
+    assert of_file["sites"] == of_folder["sites"]
+    code, named, _ = run_json(capsys, "inspect", "Llama-3.1-8B", *flags)
+    assert code == 0
+    assert named["trainable_parameters"] == 32 * 16 * (4096 + 4096)
+    assert named["frozen_parameters"] == 8_030_261_248  # as the model's card counts them
+    assert "did you mean llama-3.1-8b" in run_bad(capsys, "inspect", "Llama-3.1-8")
+
+
 def test_inspect_of_loop_layers_counts_the_same(capsys, lone_config):
     _, scanned, _ = run_json(capsys, "inspect", lone_config)
     _, looped, _ = run_json(capsys, "inspect", lone_config, "--no-scan-layers")

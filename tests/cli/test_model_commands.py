@@ -129,6 +129,12 @@ def test_chat_uses_the_template(capsys, model_dir):
         (["eval", "MODEL", "--data", "BAD"], "bad.jsonl:2"),
         (["eval", "MODEL", "--data", "BAD", "--task", "choice"], "options"),
         (["eval", "MODEL", "--data", "BAD", "--task", "classification"], "no classification head"),
+        (
+            ["eval", "MODEL", "--data", "HALF_PROMPT", "--task", "choice"],
+            "prompt.jsonl:1: the prompt: character 2",
+        ),
+        (["eval", "MODEL", "--data", "HALF_OPTION", "--task", "choice"], "option.jsonl:1: option 2: character 1"),
+        (["eval", "MODEL", "--data", "BAD", "--limit", "-1"], "--limit must be at least 0"),
         (["merge", "MODEL", "--output-dir", "OUT"], "config.yaml"),
         (["export", "MODEL", "--output-dir", "OUT"], "config.yaml"),
     ],
@@ -138,7 +144,23 @@ def test_bad_input_is_named(capsys, tmp_path, model_dir, words, named):
     bad.write_text('{"prompt": "a", "completion": "b"}\nnot json\n')
     out = tmp_path / "out"
     places = {"MODEL": model_dir, "BAD": str(bad), "OUT": str(out)}
+    for name, prompt, option in (("half_prompt", "a\ud83d", "c"), ("half_option", "a", "\ud83d")):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(json.dumps({"prompt": prompt, "options": ["b", option], "answer": 0}))
+        places[name.upper()] = str(path)
     assert named in run_bad(capsys, *(places.get(word, word) for word in words))
+    assert not out.exists()
+
+
+def test_a_directory_without_a_tokenizer_is_bad_input(capsys, tmp_path, model_dir):
+    from pathlib import Path
+
+    data, out = tiny.write_records(tmp_path / "data.jsonl"), tmp_path / "run"
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((Path(model_dir) / name).read_bytes())
+    said = f"{tmp_path}: no readable tokenizer"
+    assert said in run_bad(capsys, "generate", str(tmp_path), "--prompt", "x")
+    assert said in run_bad(capsys, "train", "--model", str(tmp_path), "--data", data, "--output-dir", str(out))
     assert not out.exists()
 
 

@@ -171,7 +171,8 @@ def test_an_export_that_differs_is_a_fault(capsys, tmp_path, lora_run, monkeypat
 
 def test_calibration_and_held_out_rows_share_no_example(mor_run):
     from mor_jax.cli.calibration import merge_batches
-    from mor_jax.cli.opening import load_tokenizer, open_run
+    from mor_jax.cli.opening import open_run
+    from mor_jax.data import load_tokenizer
 
     live = open_run(mor_run)
     halves = merge_batches(live, load_tokenizer(live.directory), "", 4)

@@ -73,7 +73,7 @@ def test_a_bad_record_stops_with_its_line(write_jsonl, tokenizer):
 def test_task_ids_may_be_those_of_other_data(mixture, tokenizer):
     found = load_examples(mixture[1:], tokenizer, 100, tasks=("x", "unused", "y"))
     assert found.task_ids.tolist() == [2, 2, 2, 0]
-    assert found.num_tasks == 3
+    assert found.tasks == ("x", "unused", "y")
     with pytest.raises(DataError, match="the task 'y' is not one of x"):
         load_examples(mixture, tokenizer, 100, tasks=("x",))
 

@@ -92,6 +92,13 @@ def test_a_label_that_is_no_class_is_named_with_its_first_place(write_jsonl, wor
         load_labelled([DataSource(write_jsonl([PAIRS[1]]))], words, 16)
 
 
+@pytest.mark.parametrize("field", ["sentence1", "sentence2", "label"])
+def test_half_of_a_surrogate_pair_is_named_with_its_field(write_jsonl, words, field):
+    path = write_jsonl([PAIRS[0], PAIRS[1] | {field: "a\ud83d"}])
+    with pytest.raises(DataError, match=f"^{path}:2: the field '{field}': character 2 is half of a broken pair"):
+        load_labelled([DataSource(path)], words, 16)
+
+
 def test_a_file_need_not_fit_into_memory(tmp_path, words):
     """What Python and NumPy allocate while reading stays under what the tokens take."""
     path, scratch = tmp_path / "large.jsonl", tmp_path / "scratch"

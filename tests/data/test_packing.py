@@ -81,26 +81,21 @@ def test_a_plan_is_a_function_of_its_fields(plan):
         assert changed.hash != plan.hash or np.array_equal(changed.lengths, plan.lengths)
 
 
-@given(st.lists(st.integers(1, ROW), max_size=60), st.sampled_from(["best_fit", "first_fit"]))
+@given(st.lists(st.integers(1, ROW), max_size=60))
 @settings(max_examples=60, deadline=None)
-def test_rows_are_those_of_the_plain_definition(lengths, mode):
+def test_rows_are_those_of_the_plain_definition(lengths):
     rows: list[list[int]] = []
     for index, length in enumerate(lengths):
         space = [ROW - sum(lengths[i] for i in row) for row in rows]
         fits = [number for number, free in enumerate(space) if free >= length]
         if not fits:
             rows.append([index])
-        elif mode == "first_fit":
-            rows[fits[0]].append(index)
         else:  # any of the fullest rows; which one changes no row's size, so sizes are compared
             rows[min(fits, key=lambda number: space[number])].append(index)
-    found = pack(lengths, ROW, mode)
+    found = pack(lengths, ROW)
     assert sorted(i for row in found for i in row) == list(range(len(lengths)))
-    if mode == "first_fit":
-        assert found == rows
-    else:
-        sums = [sorted(sum(lengths[i] for i in row) for row in each) for each in (found, rows)]
-        assert sums[0] == sums[1]
+    sums = [sorted(sum(lengths[i] for i in row) for row in each) for each in (found, rows)]
+    assert sums[0] == sums[1]
 
 
 def test_epochs_and_seeds_differ():
@@ -115,10 +110,9 @@ def test_epochs_and_seeds_differ():
     assert neighbours(first) != neighbours(other)
 
 
-@pytest.mark.parametrize("mode", ["best_fit", "first_fit"])
-def test_long_tailed_lengths_fill_rows(mode):
+def test_long_tailed_lengths_fill_rows():
     lengths = np.clip(np.random.default_rng(0).lognormal(3, 0.9, 3000), 2, 256).astype(int)
-    plan = PackingPlan(lengths, np.zeros(3000, int), (1.0,), 256, mode=mode)
+    plan = PackingPlan(lengths, np.zeros(3000, int), (1.0,), 256)
     assert plan.efficiency() >= 0.95
     assert replace(plan, mode="padded").efficiency() < 0.2
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from tiny_models import FAMILIES, VOCAB, loop_twin, make_pair
 
-from mor_jax.models import Decoder, continue_prompts
+from mor_jax.models import Decoder
+from tests.models.continuations import continue_prompts
 
 pytest.importorskip("torch")
 pytestmark = pytest.mark.oracle

@@ -15,11 +15,11 @@ from mor_jax.models import (
     Decoder,
     DecoderConfig,
     abstract_params,
-    continue_prompts,
     generate,
     init_cache,
 )
 from mor_jax.models import generation as generation_file
+from tests.models.continuations import continue_prompts
 
 CONFIG = DecoderConfig(
     vocab_size=41,
@@ -200,8 +200,6 @@ def test_wrong_options_are_errors(variables, options, message):
 
 
 def test_wrong_calls_are_errors(variables):
-    with pytest.raises(ValueError, match="at least one token"):
-        continue_prompts(Decoder(CONFIG), CONFIG, variables, [[1], []], max_new_tokens=2)
     with pytest.raises(ValueError, match="init_cache"):
         Decoder(CONFIG).apply(variables, jnp.ones((1, 2), jnp.int32), decode=True, mutable=["cache"])
     with pytest.raises(ValueError, match="output must be"):

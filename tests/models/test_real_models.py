@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor_jax.models import Decoder, continue_prompts, load_params, read_config
+from mor_jax.models import Decoder, load_params, read_config
+from tests.models.continuations import continue_prompts
 
 
 @pytest.fixture(scope="module")

@@ -29,13 +29,13 @@ def test_lines_hold_plain_numbers_and_no_nan(tmp_path):
 
 
 def test_resuming_cuts_what_came_after_the_checkpoint(tmp_path):
-    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer = MetricsWriter(tmp_path)
     for step in (1, 2, 3):
         writer.write(step, {"loss": 1.0})
     writer.close()
     with open(tmp_path / "metrics.jsonl", "a") as stream:
         stream.write('{"step": 4, "lo')  # a kill
-    again = MetricsWriter(tmp_path, step=2, tensorboard=False)
+    again = MetricsWriter(tmp_path, step=2)
     again.write(3, {"loss": 0.5})
     again.close()
     assert [(line["step"], line["loss"]) for line in _read(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 0.5)]

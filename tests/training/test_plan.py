@@ -15,7 +15,7 @@ import pytest
 import tiny_runs
 
 from mor_jax.adapters import Leaves
-from mor_jax.injection import gate_shape, get_path
+from mor_jax.injection import get_path
 from mor_jax.merging import merge
 from mor_jax.models import ModelFileError, abstract_params, known_config
 from mor_jax.models.presets import PRESETS
@@ -147,7 +147,7 @@ def test_the_planned_merge_holds_what_the_merge_holds(run, trained):
 
 
 def _gates(plan):
-    return [(adapted.site, gate_shape(adapted)) for adapted in plan.sites]
+    return [(adapted.site, (*adapted.stack_sizes, adapted.adapter.num_gates)) for adapted in plan.sites]
 
 
 def test_a_method_that_will_not_be_merged_says_so_in_its_plan(run):

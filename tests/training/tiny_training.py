@@ -51,9 +51,9 @@ def setup(adapted=None, optimizer=None, *, accumulate=1, num_tasks=2, mesh=None,
     optimizer = rules.wrap(optimizer)
     params = params_of(config)
     if mesh is not None:
-        from mor_jax.training.sharding import put_params
+        from mor_jax.training.sharding import shardings_of
 
-        params = put_params(params, specs, mesh)
+        params = jax.device_put(params, shardings_of(specs, mesh))
     state, constants, shardings = init_state(jax.random.key(0), adapted, params, optimizer, mesh, specs, rules)
     step = make_step(
         adapted,

@@ -16,7 +16,8 @@ import numpy as np
 
 from mor_jax.cli.demo import measure
 from mor_jax.cli.demo.tasks import TASKS, write_tasks
-from mor_jax.cli.opening import LiveModel, load_tokenizer, open_model, open_run
+from mor_jax.cli.opening import LiveModel, open_model, open_run
+from mor_jax.data import load_tokenizer
 from mor_jax.merging import (
     FidelityReport,
     language_model_call,
