@@ -205,9 +205,9 @@ def table(rows: list[dict[str, Any]], seconds: dict[str, float]) -> list[str]:
     """Markdown: a line a merge, then the latencies."""
     lines = ["| merge | KL, nats | exact match, % | parameters to ship | seconds to make |", "|---|---|---|---|---|"]
     for row in rows:
-        cells = (f"{row['kl']:.4f}", f"{100 * row['exact_match']:.1f}", f"{row['parameters']:,}", f"{row['seconds']}")
+        cells = (f"{row['kl']:.2g}", f"{100 * row['exact_match']:.1f}", f"{row['parameters']:,}", f"{row['seconds']}")
         lines.append(f"| {row['name']} | {' | '.join(cells)} |")
-    lines += ["", "KL(routed || merged) a token and exact match of whole answers, on held-out examples."]
+    lines += ["", "KL(routed || merged) a token and exact match of whole answers, on held-out examples; wall seconds."]
     lines += [f"Generating {NEW_TOKENS} tokens for {PROMPTS} prompts, median of {REPEATS}:", ""]
     lines += ["| structure | milliseconds a token |", "|---|---|"]
     return lines + [f"| {name} | {1000 * value / NEW_TOKENS:.2f} |" for name, value in seconds.items()]
