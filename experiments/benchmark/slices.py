@@ -22,6 +22,7 @@ import platform
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -159,6 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", default="8b", help=f"of {', '.join(CASES)}")
     parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--jobs", type=int, default=1, help="rows compiled at a time, a few GB and one core each")
     parser.add_argument("--row", nargs=2, metavar=("CASE", "METHOD"), help="print one row as JSON and stop")
     args = parser.parse_args()
     if args.row:
@@ -166,14 +168,19 @@ def main() -> None:
         return
     path = RESULTS / "slices.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    for case in filter(None, args.cases.split(",")):
-        for method in (name for name in CASES[case].methods if name in args.methods.split(",")):
-            command = [sys.executable, __file__, "--row", case, method]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            rows = [row for row in rows if (row["case"], row["method"]) != (case, method)]
-            write([*rows, json.loads(output.splitlines()[-1])])
-            rows = json.loads(path.read_text())["rows"]
+    cases, methods = list(filter(None, args.cases.split(","))), args.methods.split(",")
+    wanted = [(case, method) for case in cases for method in CASES[case].methods if method in methods]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for own, found in zip(wanted, pool.map(_measure_apart, wanted), strict=True):
+            rows = [row for row in rows if (row["case"], row["method"]) != own] + [found]
+            write(rows)
     write(rows)
+
+
+def _measure_apart(own: tuple[str, str]) -> dict:
+    """`measure` in a process of its own."""
+    output = subprocess.run([sys.executable, __file__, "--row", *own], check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(output.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":
