@@ -14,7 +14,7 @@ Row: C1 LoRA ÷ floor. C2 LoRA ÷ full fine-tuning. C3 FLOPs. C4 dense mixtures 
 mixture ÷ LoRA of the active rank. C6 methods ÷ LoRA. C7 chunked ÷ naive cross-entropy. C8 compiling 32 layers ÷ 4. C9
 first step with a warm cache ÷ cold. C10 programs compiled after step one. C11 real batches ÷ a constant one. C12 packed
 ÷ padded. C13 saving ÷ not. C14 merged ÷ base. C15 ours ÷ PEFT on torch. C16 bytes. remat: its policies ÷ none.
-forms: MoR's sum over experts in other forms ÷ ours.
+forms: MoR's sum over experts in other forms ÷ ours. Rows about the loss, compiling and input are of LoRA alone.
 """
 
 from __future__ import annotations
