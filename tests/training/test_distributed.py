@@ -120,7 +120,7 @@ def test_two_processes_hold_the_same_batches_and_read_only_their_slices(run, fil
     pair = two_processes.Pair(tmp_path / "logs", script, tmp_path / "run.yaml")
     assert pair.wait() == [0, 0]
     first, second = (json.loads(pair.output(number)) for number in range(2))
-    run.batches.set_state({**run.batches.get_state(), "row": 8})  # they looked at one batch before
+    run.batches.set_state({**run.batches.get_state(), "row": run.config.batch_size})  # they looked at one batch before
     for found in (first, second):
         assert found["devices"] == [4, 8]
         assert found["decided"] == {"number": 0}

@@ -19,7 +19,7 @@ from mor_jax.optim.rules import Rules
 from mor_jax.training.events import make_events
 from mor_jax.training.loop import _score_batch
 from mor_jax.training.mesh import make_mesh, put_batch
-from mor_jax.training.sharding import param_specs, put_params
+from mor_jax.training.sharding import param_specs, shardings_of
 from mor_jax.training.step import init_state
 
 
@@ -63,7 +63,7 @@ def test_the_score_is_minus_the_cross_entropy_of_the_development_batch(layout, w
     if layout is not None:
         mesh = make_mesh(layout)
         specs = param_specs(params, mesh, smallest=1, axes=logical_axes(params))
-        whole, on_devices = put_params(params, specs, mesh), put_batch(development, mesh)
+        whole, on_devices = jax.device_put(params, shardings_of(specs, mesh)), put_batch(development, mesh)
         of_the_step = put_batch(of_the_step, mesh)
     state, constants, shardings = init_state(jax.random.key(0), adapted, whole, optimizer, mesh, specs, rules)
     state = nudge(state)
