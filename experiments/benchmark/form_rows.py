@@ -4,8 +4,8 @@
     loop          a scan over the experts, each a product with b, scaled before and after
     apart         one product of the (T N, r) scaled rows with b, then a weighted sum over the experts
 
-Forward and backward in float32. All three multiply as often in their
-products; what differs is how large each product is, and how much is read and written between them.
+Forward and backward in float32. All three multiply as often in their products; what differs is how large each product
+is, and how much is read and written between them.
 """
 
 from __future__ import annotations

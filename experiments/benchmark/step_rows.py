@@ -132,12 +132,12 @@ def mixtures(bench: Bench, methods: tuple[str, ...]) -> Iterator[dict[str, Any]]
 def top_k_mixture(bench: Bench, methods: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """C5: MoR with 2 of 8 experts of rank 8 ÷ LoRA of the active rank, 16."""
     program = bench.program("MoR r8, top 2 of 8", MoR(rank=8, num_experts=8, top_k=2))
-    yield bench.compare("C5", "<= 1.60", program, bench.program("LoRA r16", LoRA(rank=16)))
+    yield bench.compare("C5", "<= 1.60", program, bench.program("LoRA r16", REFERENCES["LoRA r16"]))
 
 
 def against_lora(bench: Bench, methods: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """C6: each method, sized as LoRA of rank 16, ÷ LoRA of rank 16."""
-    lora = bench.program("LoRA r16", LoRA(rank=16))
+    lora = bench.program("LoRA r16", REFERENCES["LoRA r16"])
     wanted = make_plan(LoRA(rank=16), bench.shape.model).num_params()
     for method in methods:
         if method == "lora":
@@ -185,7 +185,7 @@ def merged_forward(bench: Bench, methods: tuple[str, ...]) -> Iterator[dict[str,
 
 def remat(bench: Bench, methods: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """Time and temporary memory of LoRA's step with each remat policy ÷ without; ``offload`` needs a second memory."""
-    kept = bench.program("LoRA r16", LoRA(rank=16))
+    kept = bench.program("LoRA r16", REFERENCES["LoRA r16"])
     for policy in ("dots", "full"):
         config = bench.shape.with_model(remat=policy).model
         program = adapter_step(LoRA(rank=16), config, bench.params, bench.batch).compile(f"LoRA r16, remat {policy}")

@@ -39,26 +39,7 @@ from torch_rows import against_peft
 
 from mor_jax.adapters import METHODS
 
-ALL = (
-    "C1",
-    "C2",
-    "C3",
-    "C4",
-    "C5",
-    "C6",
-    "C7",
-    "C8",
-    "C9",
-    "C10",
-    "C11",
-    "C12",
-    "C13",
-    "C14",
-    "C15",
-    "C16",
-    "remat",
-    "forms",
-)
+ALL = (*(f"C{number}" for number in range(1, 17)), "remat", "forms")
 # Variables that pin the kernels of a BLAS or of torch to those of an old processor would slow one side of C15 only.
 PINS = (
     "OPENBLAS_CORETYPE",

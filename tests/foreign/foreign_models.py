@@ -29,8 +29,8 @@ class Foreign:
     Attributes:
       model: The module.
       args: Of its call.
-      logits: Its output -> logits (..., classes).
       targets: Names of the linear maps to adapt.
+      logits: Its output -> logits (..., classes).
       layout: End of a path -> (change (in, out), kernel's shape) -> the change in the kernel's layout.
       kernel: Name of the kernel leaf.
       kwargs: More arguments of its call.
@@ -39,9 +39,9 @@ class Foreign:
 
     model: nn.Module
     args: tuple
-    logits: Callable[[Any], jax.Array]
     targets: tuple[str, ...]
-    layout: dict[str, Callable]
+    logits: Callable[[Any], jax.Array] = lambda out: out
+    layout: dict[str, Callable] = field(default_factory=lambda: {"": plain})
     kernel: str = "kernel"
     kwargs: dict = field(default_factory=dict)
     kinds: tuple[LinearKind, ...] = DEFAULT_KINDS
@@ -140,29 +140,15 @@ class LanguageModel(nn.Module):
 
 
 def language_model() -> Foreign:
-    return Foreign(
-        model=LanguageModel(),
-        args=(TOKENS,),
-        logits=lambda out: out,
-        targets=("query", "value", "attention.out", "mlp_in", "mlp_out"),
-        layout={"": plain},
-    )
+    return Foreign(LanguageModel(), (TOKENS,), ("query", "value", "attention.out", "mlp_in", "mlp_out"))
 
 
 def vision_transformer() -> Foreign:
-    return Foreign(
-        model=PatchClassifier(),
-        args=(IMAGES,),
-        logits=lambda out: out,
-        targets=("query", "value", "attention.out", "mlp_in", "head"),
-        layout={"": plain},
-    )
+    return Foreign(PatchClassifier(), (IMAGES,), ("query", "value", "attention.out", "mlp_in", "head"))
 
 
 def convolutional_net() -> Foreign:
-    return Foreign(
-        model=ConvolutionalNet(), args=(IMAGES,), logits=lambda out: out, targets=("hidden", "head"), layout={"": plain}
-    )
+    return Foreign(ConvolutionalNet(), (IMAGES,), ("hidden", "head"))
 
 
 MODELS = {

@@ -35,8 +35,8 @@ def _product_shapes(lowered):
 
 
 def _lowered_step(config, method, targets="all-linear", layout="data=1", accumulate=1):
-    options = {"num_experts": 4} if method == "mor" else {"rank": 2} if "rank" in method_options(method) else {}
-    options |= {"rank": 2} if method == "mor" else {}
+    small = {"num_experts": 4, "rank": 2}
+    options = {name: value for name, value in small.items() if name in method_options(method)}
     adapted = tiny.adapted_decoder(method, config, targets=targets, **options)
     mesh, params = make_mesh(layout), abstract_params(config)
     rules = plan_rules(adapted.plan, total_steps=100)
