@@ -11,7 +11,7 @@ from mor_jax.cli.opening import LiveModel
 from mor_jax.data import DataError, Examples, build_row, load_examples, load_labelled, pack, parse_sources, stack_rows
 from mor_jax.models import EncoderConfig
 
-ROWS = 4  # of a batch
+ROWS = 4  # of a batch, or as many more as the devices share evenly
 UNNAMED = "default"  # the task of a source without a name
 Batches = list[dict[str, np.ndarray]]
 
@@ -32,16 +32,16 @@ def merge_batches(live: LiveModel, tokenizer: Any, calibration: str, count: int)
     assert live.train is not None
     texts = (calibration,) if calibration else live.train.data
     examples, length = live_examples(live, tokenizer, texts)
-    chosen = _different(examples)
+    chosen, rows = _different(examples), live.rows(ROWS)
     if live.train.eval_data and not calibration:
         held_out, _ = live_examples(live, tokenizer, live.train.eval_data)
         seen = {_content(examples, index) for index in chosen}
         unseen = [index for index in _different(held_out) if _content(held_out, index) not in seen]
         if unseen:
-            return _batches(examples, chosen, length, count), _batches(held_out, unseen, length, count)
+            return _batches(examples, chosen, length, count, rows), _batches(held_out, unseen, length, count, rows)
     if len(chosen) < 2:
         raise DataError(f"{', '.join(texts)}: one example; merging needs one to fit on and another to be judged by")
-    return _batches(examples, chosen[::2], length, count), _batches(examples, chosen[1::2], length, count)
+    return _batches(examples, chosen[::2], length, count, rows), _batches(examples, chosen[1::2], length, count, rows)
 
 
 def live_examples(live: LiveModel, tokenizer: Any, texts: Sequence[str]) -> tuple[Examples, int]:
@@ -76,12 +76,12 @@ def _different(examples: Examples) -> list[int]:
     return [entry[-1] for entry in sorted(ranked)]
 
 
-def _batches(examples: Examples, members: Sequence[int], length: int, count: int) -> Batches:
-    """Packed rows of these examples in batches of one shape; empty rows fill the last."""
+def _batches(examples: Examples, members: Sequence[int], length: int, count: int, rows: int) -> Batches:
+    """Packed rows of these examples, `count * ROWS` at most, in batches of `rows`; empty rows fill the last."""
     lengths = examples.lengths[list(members)]
     alone = [[item] for item in range(len(members))]  # a class belongs to a whole row
-    rows = (pack(lengths, length) if examples.labels is None else alone)[: count * ROWS]
-    packed = [[members[item] for item in row] for row in rows]
-    packed += [[]] * (-len(packed) % ROWS)
+    filled = (pack(lengths, length) if examples.labels is None else alone)[: count * ROWS]
+    packed = [[members[item] for item in row] for row in filled]
+    packed += [[]] * (-len(packed) % rows)
     built = [build_row(examples, np.array(row, np.int64), length) for row in packed]
-    return [stack_rows(built[start : start + ROWS]) for start in range(0, len(built), ROWS)]
+    return [stack_rows(built[start : start + rows]) for start in range(0, len(built), rows)]

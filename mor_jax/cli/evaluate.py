@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
@@ -45,13 +46,16 @@ def evaluate_command(options: EvalOptions) -> dict[str, Any]:
     if options.sequence_length < 2:
         raise UsageError(f"--sequence-length must be at least 2, got {options.sequence_length}")
     source = parse_source(options.data)
-    model = at_rank(open_model(options.model, options.dtype), options.rank)
+    model = at_rank(open_model(options.model, options.dtype, options.mesh), options.rank)
+    options = dataclasses.replace(options, batch_size=model.rows(options.batch_size))
     tokenizer = load_tokenizer(model.directory)
     if options.task != "classification":
         model.require_decoder(f"--task {options.task}")
     measures = {"perplexity": _perplexity, "choice": _choice, "generation": _generation}
     measure = measures.get(options.task, _classification)
-    return {"metrics": measure(model, tokenizer, source, options), "task": options.task, "data": options.data}
+    with model.on_devices():
+        metrics = measure(model, tokenizer, source, options)
+    return {"metrics": metrics, "task": options.task, "data": options.data}
 
 
 def _perplexity(model: LiveModel, tokenizer: Any, source: DataSource, options: EvalOptions) -> dict[str, float]:

@@ -23,12 +23,14 @@ from mor_jax.export import (
     Verification,
     export_hf,
     export_peft,
+    probe_tokens,
     verify_adapter,
     verify_export,
     verify_peft,
 )
 from mor_jax.injection import AdapterPlan
 from mor_jax.merging import FidelityReport, as_lora
+from mor_jax.training.distributed import is_alone
 
 
 def export_command(options: ExportOptions) -> dict[str, Any]:
@@ -44,7 +46,8 @@ def export_command(options: ExportOptions) -> dict[str, Any]:
     live = opened_at_rank(options)
     check_gates(options, live.tasks)
     write = {"hf": _export_hf, "peft": _export_peft, "safetensors": _export_adapter}[options.format]
-    found, report = write(live, options, output)
+    with live.on_devices():
+        found, report = write(live, options, output)
     result: dict[str, Any] = {"verified": None, "max_logit_difference": None, "tolerance": None, "verified_with": None}
     if found is not None:
         result = {
@@ -65,7 +68,13 @@ def _export_hf(live: LiveModel, options: ExportOptions, output: Path) -> Outcome
     """Always verified: by transformers with `--verify` where torch is installed, else by our own reader."""
     merged, report = merged_model(live, options)
     export_hf(merged, live.config, output, source_dir=live.directory, report=report)
-    return verify_export(output, merged, live.config, reader="auto" if options.verify else "mor_jax"), report
+    return verify_export(output, merged, live.config, **_probe(live, options)), report
+
+
+def _probe(live: LiveModel, options: ExportOptions) -> dict[str, Any]:
+    """What is compared, and by whom: torch knows nothing of other processes."""
+    reader = "auto" if options.verify and is_alone() else "mor_jax"
+    return {"tokens": probe_tokens(live.config, live.rows(2)), "reader": reader}
 
 
 def _export_peft(live: LiveModel, options: ExportOptions, output: Path) -> Outcome:
@@ -78,7 +87,9 @@ def _export_peft(live: LiveModel, options: ExportOptions, output: Path) -> Outco
     if not options.verify:
         return None, report
     own = (written, arrays)
-    return verify_peft(output, live.directory, live.params, live.config, plan, leaves, written=own), report
+    return verify_peft(
+        output, live.directory, live.params, live.config, plan, leaves, written=own, **_probe(live, options)
+    ), report
 
 
 def _export_adapter(live: LiveModel, options: ExportOptions, output: Path) -> Outcome:
@@ -89,7 +100,8 @@ def _export_adapter(live: LiveModel, options: ExportOptions, output: Path) -> Ou
     save_adapter(output, live.plan, live.leaves, live.metadata)
     if not options.verify:
         return None, None
-    return verify_adapter(output, live.params, live.config, live.plan, live.leaves), None
+    tokens = _probe(live, options)["tokens"]
+    return verify_adapter(output, live.params, live.config, live.plan, live.leaves, tokens=tokens), None
 
 
 def _plain_adapter(live: LiveModel, options: ExportOptions) -> tuple[AdapterPlan, Leaves, FidelityReport | None]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import numpy as np
 
 from mor_jax.cli.flags import UsageError
 from mor_jax.cli.opening import end_ids, open_model
 from mor_jax.cli.options import GenerateOptions
 from mor_jax.data import load_tokenizer
+from mor_jax.evaluation import left_padded
 
 
 def prompt_tokens(options: GenerateOptions, tokenizer: Any) -> list[int]:
@@ -46,7 +46,7 @@ def generate_command(options: GenerateOptions) -> dict[str, Any]:
         )
     if not 0 < options.top_p <= 1:
         raise UsageError(f"--top-p must be in (0, 1], got {options.top_p}")
-    model = open_model(options.model, options.dtype)
+    model = open_model(options.model, options.dtype, options.mesh)
     model.require_decoder("mor generate")
     tokenizer = load_tokenizer(model.directory)
     prompt = prompt_tokens(options, tokenizer)
@@ -59,6 +59,7 @@ def generate_command(options: GenerateOptions) -> dict[str, Any]:
         top_p=options.top_p,
         key=jax.random.key(options.seed),
     )
-    new = run(np.array([prompt], np.int32), np.ones((1, len(prompt)), np.int32))[0].tolist()
+    with model.on_devices():
+        new = run(*left_padded([prompt], model.rows(1), len(prompt)))[0].tolist()
     stop = next((place for place, token in enumerate(new, 1) if token in ends), len(new))
     return {"text": tokenizer.decode(new[:stop], skip_special_tokens=True), "tokens": stop}

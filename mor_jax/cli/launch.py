@@ -1,4 +1,4 @@
-"""Running a command as one of several processes: on all of them, or on the first while the others wait.
+"""Running a command as one of several processes.
 
 jax is not imported before a command needs it.
 """
@@ -7,42 +7,31 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mor_jax.cli.options import LaunchOptions
 
 
-def on_all(launch: LaunchOptions, run: Callable[[], Any]) -> Any:
+def on_all(launch: LaunchOptions, run: Callable[[], Any], described: Mapping[str, Any] | None = None) -> Any:
     """What `run` returns on process 0, or on the only one; None on the others.
 
+    Args:
+      launch: how the others are found.
+      run: the command.
+      described: what must be alike on all of them, name -> value of JSON's types.
+
     Raises:
-      DistributedError, LostPeerError: the other processes cannot be joined, or are gone.
+      DistributedError, LostPeerError: the other processes cannot be joined, were told otherwise, or are gone.
     """
     if not _joined(launch):
         return run()
-    from mor_jax.training.distributed import is_first, together
+    from mor_jax.training.distributed import check_same_everywhere, is_first, together
 
     with together():
+        check_same_everywhere(described or {})
         result = run()
         return result if is_first() else None
-
-
-def on_first(launch: LaunchOptions, run: Callable[[], Any]) -> Any:
-    """What `run` returns; of several processes the first runs it on its own devices, and the others wait for it.
-
-    Raises:
-      DistributedError, LostPeerError: the other processes cannot be joined, or are gone.
-    """
-    if not _joined(launch):
-        return run()
-    from mor_jax.training.distributed import barrier, is_first, together
-
-    with together():
-        barrier("all are here")  # who has met once is waited for however long it takes
-        result = run() if is_first() else None
-        barrier("process 0 is done")
-        return result
 
 
 def _joined(launch: LaunchOptions) -> bool:

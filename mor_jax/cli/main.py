@@ -20,7 +20,7 @@ from typing import Any
 
 from mor_jax.cli import options
 from mor_jax.cli.flags import Parser, UsageError, add_flags, given_flags
-from mor_jax.cli.launch import leave, on_first
+from mor_jax.cli.launch import leave, on_all
 
 INTERRUPTED = 130
 PACKAGE = Path(__file__).parents[1]
@@ -205,11 +205,14 @@ def _run(arguments: list[str]) -> int:
 
 
 def _run_command(name: str, args: argparse.Namespace) -> Any:
-    """The command's result; None where another process shows it. A run trains on all processes, the rest on one."""
+    """The command's result; None where another process shows it."""
     command = COMMANDS[name]
-    if name == "train" or not command.launch:
+    if name == "train" or not command.launch:  # training finds the others by itself, when its configuration is right
         return command.run(args)
-    return on_first(options.LaunchOptions(**given_flags(args, options.LaunchOptions)), lambda: command.run(args))
+    launch = options.LaunchOptions(**given_flags(args, options.LaunchOptions))
+    module, _, cls = command.options.partition(":")
+    told = given_flags(args, getattr(importlib.import_module(module), cls))
+    return on_all(launch, lambda: command.run(args), {f"--{flag.replace('_', '-')}": told[flag] for flag in told})
 
 
 def _parse(name: str, arguments: list[str]) -> argparse.Namespace:

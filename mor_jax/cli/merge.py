@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from mor_jax.merging import (
 )
 from mor_jax.models import make_model
 
+_LOGGER = logging.getLogger(__name__)
 LOW_RANK = ("least_squares", "sequential", "distill")
 
 
@@ -51,7 +52,7 @@ def opened_at_rank(options: MergeOptions | ExportOptions) -> LiveModel:
     Raises:
       UsageError: there is no such run, or the rank is out of range.
     """
-    live = open_run(options.run)
+    live = open_run(options.run, mesh=options.mesh)
     if options.mergeable:
         live = _allowed_to_merge(live)
     imitated = live.plan is not None and any(adapted.adapter.routed for adapted in live.plan.sites)
@@ -92,8 +93,8 @@ def run_batches(live: LiveModel, options: MergeOptions | ExportOptions) -> tuple
     except DataError as error:
         if options.calibration or not all(adapted.adapter.merges_exactly for adapted in live.plan.sites):
             raise
-        print(f"mor: {error}; the merge is exact, so random tokens are compared instead", file=sys.stderr)
-        return [], [{"input_ids": probe_tokens(live.config)}]
+        _LOGGER.warning("%s; the merge is exact, so random tokens are compared instead", error)
+        return [], [{"input_ids": probe_tokens(live.config, live.rows(2))}]
 
 
 def merged_model(live: LiveModel, options: MergeOptions | ExportOptions) -> tuple[dict, FidelityReport]:
@@ -219,6 +220,7 @@ def merge_command(options: MergeOptions) -> dict[str, Any]:
     output = check_output(options.output_dir)
     live = opened_at_rank(options)
     check_gates(options, live.tasks)
-    merged, report = merged_model(live, options)
-    export_hf(merged, live.config, output, source_dir=live.directory, report=report)
+    with live.on_devices():
+        merged, report = merged_model(live, options)
+        export_hf(merged, live.config, output, source_dir=live.directory, report=report)
     return report_summary(report) | {"output_dir": str(output)}

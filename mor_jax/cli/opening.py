@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +14,27 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from mor_jax.adapters import AdapterInputs, Leaves
 from mor_jax.cli.flags import UsageError
-from mor_jax.injection import Adapted, AdapterPlan, cut_to_rank
-from mor_jax.models import DecoderConfig, EncoderConfig, ModelConfig, make_model
-from mor_jax.models.generation import CachedForward, generate
-from mor_jax.models.hf import load_params, read_config
+from mor_jax.injection import Adapted, AdapterPlan, cut_to_rank, gathered
+from mor_jax.models import (
+    CachedForward,
+    DecoderConfig,
+    EncoderConfig,
+    ModelConfig,
+    generate,
+    init_cache,
+    load_params,
+    make_model,
+    read_config,
+)
+from mor_jax.training.build import base_specs
 from mor_jax.training.config import TrainConfig, load_config
+from mor_jax.training.mesh import MeshError, make_mesh, put_batch, row_ways
+from mor_jax.training.sharding import RULES, on_devices, shardings_of
+from mor_jax.training.step import put_leaves
 
 
 @dataclass(frozen=True)
@@ -29,7 +44,8 @@ class LiveModel:
     Attributes:
       directory: The Hugging Face directory of the (frozen) model.
       config: Its shape.
-      params: Its parameters.
+      params: Its parameters, on `mesh`.
+      mesh: The devices that it lies on.
       run: The run folder, or None for a plain directory.
       train: What the run was trained with.
       plan: Where its adapters sit.
@@ -40,6 +56,7 @@ class LiveModel:
     directory: Path
     config: ModelConfig
     params: dict
+    mesh: jax.sharding.Mesh
     run: Path | None = None
     train: TrainConfig | None = None
     plan: AdapterPlan | None = None
@@ -65,13 +82,25 @@ class LiveModel:
         """The names of the tasks that the adapter was trained on, in the order of their ids."""
         return tuple(self.metadata.get("tasks", ()))
 
+    def on_devices(self) -> contextlib.AbstractContextManager[None]:
+        """Within it everything is computed on the model's devices."""
+        return on_devices(self.mesh)
+
+    def rows(self, wanted: int) -> int:
+        """The least number of rows, no less than `wanted`, that the devices share evenly."""
+        ways = row_ways(self.mesh)
+        return -(-wanted // ways) * ways
+
     def require_decoder(self, what: str) -> None:
         """Raises UsageError unless the model predicts next tokens, as `what` needs."""
         if isinstance(self.config, EncoderConfig):
             raise UsageError(f"{self.directory} is a {self.config.model_type} encoder: {what} needs a decoder")
 
     def logits_fn(self) -> Callable[[Mapping[str, np.ndarray]], jax.Array]:
-        """Batch -> next-token logits (B, S, V), or a classifier's (B, classes); compiled once for each shape."""
+        """Batch -> next-token logits (B, S, V), or a classifier's (B, classes); compiled once for each shape.
+
+        A batch has as many rows as `rows` gives.
+        """
         module, adapted = self.module, self.plan is not None
 
         @jax.jit
@@ -81,25 +110,40 @@ class LiveModel:
             logits: Any = module.apply(variables, batch["input_ids"], batch["positions"], batch["segment_ids"], **extra)
             return logits
 
-        variables = self.variables
-        return lambda batch: run(variables, {name: jnp.asarray(array) for name, array in batch.items()})
+        variables, mesh = self.variables, self.mesh
+        return lambda batch: run(variables, put_batch(batch, mesh))
 
     def generate_fn(self, eos_ids: tuple[int, ...], pad_id: int, **options: Any) -> Callable[..., np.ndarray]:
-        """(prompts (B, S) left-padded, mask (B, S)) -> new tokens (B, T); `options` are those of `generate`."""
-        from mor_jax.models import init_cache
+        """(prompts (B, S) left-padded, mask (B, S)) -> new tokens (B, T); `options` are those of `generate`.
 
+        The prompts have as many rows as `rows` gives.
+        """
         self.require_decoder("generation")
         config = self.config
         assert isinstance(config, DecoderConfig)
-        apply_fn, variables = CachedForward(self.module), self.variables
+        apply_fn, variables, mesh = CachedForward(self.module), self.variables, self.mesh
 
         def run(prompts: np.ndarray, mask: np.ndarray) -> np.ndarray:
             rows, length = prompts.shape
-            cache = init_cache(config, rows, length + options["max_new_tokens"])
-            tokens = jnp.asarray(prompts), jnp.asarray(mask)
-            return np.asarray(generate(apply_fn, variables, cache, *tokens, eos_ids=eos_ids, pad_id=pad_id, **options))
+            cache = _cache_maker(config, rows, length + options["max_new_tokens"], mesh)()
+            on_mesh = put_batch({"prompts": prompts, "mask": mask}, mesh)
+            tokens = on_mesh["prompts"], on_mesh["mask"]
+            new = generate(apply_fn, variables, cache, *tokens, eos_ids=eos_ids, pad_id=pad_id, **options)
+            return np.asarray(gathered(new))
 
         return run
+
+
+@functools.lru_cache(maxsize=8)
+def _cache_maker(config: DecoderConfig, rows: int, length: int, mesh: jax.sharding.Mesh) -> Callable[[], dict]:
+    """Makes empty key-value caches whose rows and heads lie where those of the activations do."""
+    make = functools.partial(init_cache, config, rows, length)
+
+    def spec(leaf: Any) -> PartitionSpec:
+        names = ("batch", None) if leaf.ndim < 4 else (*(None,) * (leaf.ndim - 4), "batch", None, "kv_heads", None)
+        return RULES.spec(names[: leaf.ndim])
+
+    return jax.jit(make, out_shardings=shardings_of(jax.tree.map(spec, jax.eval_shape(make)), mesh))
 
 
 def adapter_inputs(batch: Mapping[str, Any]) -> AdapterInputs:
@@ -108,15 +152,17 @@ def adapter_inputs(batch: Mapping[str, Any]) -> AdapterInputs:
     return AdapterInputs(**{name: batch[name] for name in names})
 
 
-def open_model(path: str | Path, dtype: str | None = None) -> LiveModel:
+def open_model(path: str | Path, dtype: str | None = None, mesh: str = "") -> LiveModel:
     """The model at a path.
 
     Args:
       path: a Hugging Face directory, or the run folder of a finished `mor train`.
       dtype: of the computation; None takes the run's own, or float32.
+      mesh: of the devices, as in `mor train`; empty is for `choose_devices`.
 
     Raises:
       UsageError: there is nothing to open at the path, or the run has no adapter yet.
+      MeshError: the mesh does not fit the devices or the model.
       ModelFileError, ConfigError: a file is not as it should be.
       IntegrityError: the adapter fails its checksums.
     """
@@ -124,9 +170,36 @@ def open_model(path: str | Path, dtype: str | None = None) -> LiveModel:
     if not path.is_dir():
         raise UsageError(f"{path}: no such folder; give a Hugging Face directory or the run folder of `mor train`")
     if (path / "config.yaml").is_file():
-        return open_run(path, dtype)
+        return open_run(path, dtype, mesh)
     config = dataclasses.replace(read_config(path), dtype=dtype or "float32", param_dtype=dtype or "float32")
-    return LiveModel(directory=path, config=config, params=load_params(path, config))
+    devices, specs = choose_devices(config, mesh)
+    return LiveModel(path, config, load_params(path, config, shardings_of(specs, devices)), devices)
+
+
+def choose_devices(config: ModelConfig, description: str = "") -> tuple[jax.sharding.Mesh, Any]:
+    """(the mesh that a model is opened on, a `PartitionSpec` for each of its parameters).
+
+    Without a description every device is used, as many as divide the model on `fsdp` and the rest on `data`. A CPU's
+    virtual devices share its memory and cores, so that a process alone uses one.
+
+    Raises:
+      MeshError: the mesh does not fit the devices or the model.
+    """
+    if description:
+        mesh = make_mesh(description)
+        if mesh.shape["sequence"] > 1:
+            raise MeshError(f"mesh={description!r}: sequence is for training; use data, fsdp or tensor")
+        if mesh.size < jax.device_count() and jax.process_count() > 1:
+            raise MeshError(f"mesh={description!r}: {jax.device_count()} devices, and several processes must use all")
+        return mesh, base_specs(config, mesh)
+    one = jax.process_count() == 1 and jax.default_backend() == "cpu"
+    devices = jax.devices()[: 1 if one else None]
+    sizes = [size for size in range(len(devices), 0, -1) if len(devices) % size == 0]
+    for size in sizes:
+        mesh = make_mesh(f"data=-1,fsdp={size}", devices)
+        with contextlib.suppress(MeshError):
+            return mesh, base_specs(config, mesh)
+    raise AssertionError("every parameter divides by 1")
 
 
 def at_rank(live: LiveModel, rank: int) -> LiveModel:
@@ -146,8 +219,8 @@ def at_rank(live: LiveModel, rank: int) -> LiveModel:
     return dataclasses.replace(live, plan=plan, leaves=leaves)
 
 
-def open_run(path: str | Path, dtype: str | None = None) -> LiveModel:
-    """The base of a run with its trained adapter; raises as `open_model`."""
+def open_run(path: str | Path, dtype: str | None = None, mesh: str = "") -> LiveModel:
+    """The base of a run with its trained adapter; arguments and errors as of `open_model`."""
     from mor_jax.training.adapter_file import load_adapter
     from mor_jax.training.classification import classifier_config, load_base
 
@@ -161,10 +234,12 @@ def open_run(path: str | Path, dtype: str | None = None) -> LiveModel:
     base = read_config(train.model)
     base = dataclasses.replace(base, dtype=dtype or train.dtype, param_dtype=stored, scan_layers=train.scan_layers)
     config = classifier_config(base, train.labels) if isinstance(base, EncoderConfig) and train.labels else base
-    params = load_base(train, base, config)
+    devices, specs = choose_devices(config, mesh)
+    params = load_base(train, base, config, shardings_of(specs, devices))
     example = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     plan, leaves, metadata = load_adapter(run / "adapter", make_model(config), params, example)
-    return LiveModel(Path(train.model), config, params, run, train, plan, leaves, metadata)
+    leaves = put_leaves(leaves, plan, specs, devices)
+    return LiveModel(Path(train.model), config, params, devices, run, train, plan, leaves, metadata)
 
 
 def end_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchOptions:
-    """How a process finds the others of `mor train`, or of a command that opens its run on process 0."""
+    """How a process finds the others of a command that several run together."""
 
     distributed: Literal["auto", "off"] | None = None  # auto joins what jax detects; auto for mor train, else off
     coordinator: str = ""  # HOST:PORT of process 0, where jax detects no cluster; or JAX_COORDINATOR_ADDRESS
@@ -36,6 +36,7 @@ class EvalOptions:
     max_new_tokens: int = 64  # generation only
     limit: int = 0  # examples that are measured; 0 measures all
     rank: int = 0  # of an adapter trained for all smaller ranks (dylora); 0 takes its own
+    mesh: str = ""  # data=2,fsdp=4,tensor=2; empty: every device, on fsdp as far as the model divides
     dtype: Literal["float32", "bfloat16"] | None = None  # of the computation; the run's own, or float32
 
 
@@ -51,6 +52,7 @@ class GenerateOptions:
     top_p: float = 1.0  # sampling keeps the likeliest tokens of this total probability
     chat: bool = False  # the prompt is a user's message for the tokenizer's chat template
     seed: int = 0  # of sampling
+    mesh: str = ""  # data=2,fsdp=4,tensor=2; empty: every device, on fsdp as far as the model divides
     dtype: Literal["float32", "bfloat16"] | None = None  # of the computation; the run's own, or float32
 
 
@@ -68,6 +70,7 @@ class MergeOptions:
     steps: int = 200  # of distill
     learning_rate: float = 3e-3  # of distill
     seed: int = 0  # of distill: the order of the calibration batches
+    mesh: str = ""  # data=2,fsdp=4,tensor=2; empty: every device, on fsdp as far as the model divides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +89,7 @@ class ExportOptions:
     steps: int = 200  # as in `mor merge`
     learning_rate: float = 3e-3  # as in `mor merge`
     seed: int = 0  # as in `mor merge`
+    mesh: str = ""  # as in `mor merge`
 
 
 @dataclass(frozen=True, kw_only=True)

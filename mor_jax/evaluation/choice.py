@@ -12,6 +12,7 @@ import numpy as np
 
 from mor_jax.data import BATCH_FIELDS
 from mor_jax.evaluation.perplexity import LogitsFn, target_log_likelihood
+from mor_jax.injection import gathered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +111,8 @@ def choice(
         likelihood, count = target_log_likelihood(
             logits_fn(batch), jnp.asarray(batch["targets"]), jnp.asarray(batch["loss_mask"]), per_row=True
         )
-        sums.append(np.asarray(likelihood, np.float64))
-        counts.append(np.asarray(count, np.float64))
+        sums.append(np.asarray(gathered(likelihood), np.float64))
+        counts.append(np.asarray(gathered(count), np.float64))
     sums, counts = np.concatenate(sums), np.concatenate(counts)
     right: dict[str, list[bool]] = {}
     normalized, row = [], 0

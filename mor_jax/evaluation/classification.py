@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from mor_jax.injection import gathered
+
 Batch = Mapping[str, Any]
 
 
@@ -32,7 +34,7 @@ def classification(
     for batch in batches:
         mask = np.asarray(batch["loss_mask"])
         rows = mask.max(axis=1) > 0
-        logits = np.asarray(logits_fn(batch)).astype(np.float64)[rows]
+        logits = np.asarray(gathered(logits_fn(batch))).astype(np.float64)[rows]
         truth = np.take_along_axis(np.asarray(batch["targets"]), mask.argmax(axis=1)[:, None], axis=1)[rows, 0]
         shifted = logits - logits.max(axis=1, keepdims=True)
         losses.append(np.log(np.exp(shifted).sum(axis=1)) - np.take_along_axis(shifted, truth[:, None], axis=1)[:, 0])

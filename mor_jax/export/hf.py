@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import jax
+
 from mor_jax.merging import FidelityReport
 from mor_jax.models import ModelConfig, save_params
 from mor_jax.training.integrity import write_manifest
@@ -21,7 +23,7 @@ def export_hf(
     report: FidelityReport | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Writes a model that `transformers` loads.
+    """Writes a model that `transformers` loads; of several processes all must call this, and the first writes.
 
     Args:
       params: the merged parameter tree, from `merge` or `merge_routed`; each tensor keeps its dtype.
@@ -40,7 +42,8 @@ def export_hf(
     """
     target = Path(directory)
     save_params(params, config, target, source_dir=source_dir, max_shard_bytes=max_shard_bytes)
-    if report is not None:
-        report.save(target)
-    write_manifest(target)
+    if jax.process_index() == 0:
+        if report is not None:
+            report.save(target)
+        write_manifest(target)
     return target

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from mor_jax.adapters import Adapter, DoRA, Leaves, LoRA, RsLoRA
-from mor_jax.injection import AdapterPlan
+from mor_jax.injection import AdapterPlan, gathered
 from mor_jax.merging import FidelityReport
 from mor_jax.models import DecoderConfig, EncoderConfig, ModelConfig
-from mor_jax.models.tensor_file import save_tensors
+from mor_jax.models.tensor_file import new_folder, save_tensors
 from mor_jax.models.tensors import TensorEntry, tensor_table
 from mor_jax.training.integrity import write_manifest
 
@@ -78,26 +78,26 @@ def export_peft(
     """
     target = Path(directory)
     described = peft_config(plan, config, base_model=base_model)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists and is not empty: choose another directory")
+    params = gathered(leaves.params)
+    with new_folder(target) as folder:
+        if folder is not None:
+            save_tensors(_tensors(params, _entries(plan, config)), folder / WEIGHTS, metadata={"format": "pt"})
+            (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+            if report is not None:
+                report.save(folder)
+            write_manifest(folder)
+    return target
+
+
+def _tensors(params: Mapping[str, Any], entries: list[_Entry]) -> dict[str, np.ndarray]:
     tensors = {}
-    for entry in _entries(plan, config):
-        value: Any = leaves.params[entry.path]
+    for entry in entries:
+        value: Any = params[entry.path]
         for key in entry.keys:
             value = value[key]
         array = np.asarray(value if entry.layer is None else value[entry.layer])
         tensors[entry.name] = np.ascontiguousarray(array.T if entry.transpose else array)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        folder = Path(scratch) / target.name
-        folder.mkdir()
-        save_tensors(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        if report is not None:
-            report.save(folder)
-        write_manifest(folder)
-        os.replace(folder, target)
-    return target
+    return tensors
 
 
 def read_peft(directory: str | os.PathLike, config: ModelConfig, plan: AdapterPlan, like: Leaves) -> Leaves:

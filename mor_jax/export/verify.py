@@ -65,13 +65,14 @@ def live_logits(
     tokens: np.ndarray,
     plan: AdapterPlan | None = None,
     leaves: Leaves | None = None,
-) -> np.ndarray:
-    """Logits (B, S, V) computed in float32, of a plain model or of one with adapters."""
+) -> jax.Array:
+    """Logits (B, S, V) computed in float32, of a plain model or of one with adapters, where its parameters are."""
     model = make_model(dataclasses.replace(config, dtype="float32"))
     if plan is None or leaves is None:
-        return np.asarray(jax.jit(model.apply)({"params": params}, jnp.asarray(tokens)))
+        return jax.jit(model.apply)({"params": params}, jnp.asarray(tokens))  # pyright: ignore[reportReturnType]
     own = {"adapters": leaves.params, "adapter_state": leaves.state, "adapter_constants": leaves.constants}
-    return np.asarray(jax.jit(Adapted(base=model, plan=plan).apply)({"params": params, **own}, jnp.asarray(tokens)))
+    logits: Any = jax.jit(Adapted(base=model, plan=plan).apply)({"params": params, **own}, jnp.asarray(tokens))
+    return logits
 
 
 def verify_export(
@@ -102,7 +103,8 @@ def verify_export(
     if chosen == "transformers":
         found = _torch_logits(_load_torch(Path(directory), config), tokens)
     else:
-        stored = load_params(directory, config, dtype=jax.tree.leaves(params)[0].dtype)
+        places = jax.tree.map(lambda leaf: leaf.sharding, params)
+        stored = load_params(directory, config, places, dtype=jax.tree.leaves(params)[0].dtype)
         found = live_logits(stored, config, tokens)
     return _compare(found, live_logits(params, config, tokens), tolerance, chosen)
 
@@ -194,8 +196,9 @@ def _torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
         return model.eval()(torch.as_tensor(tokens.astype(np.int64))).logits.float().numpy()
 
 
-def _compare(found: np.ndarray, expected: np.ndarray, tolerance: float, reader: str) -> Verification:
-    difference = float(np.abs(found.astype(np.float64) - expected.astype(np.float64)).max())
-    allowed = max(tolerance, RELATIVE_TOLERANCE * float(np.abs(expected).max()))
+def _compare(found: Any, expected: jax.Array, tolerance: float, reader: str) -> Verification:
+    """Both float32 (B, S, V); the differences are taken where `expected` lies."""
+    difference = float(jnp.abs(jnp.asarray(found) - expected).max())
+    allowed = max(tolerance, RELATIVE_TOLERANCE * float(jnp.abs(expected).max()))
     same = bool(np.isfinite(difference)) and difference <= allowed
     return Verification(same, difference, reader, allowed)

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from mor_jax.adapters import Adapter, AdapterInputs, Kernel, Leaves, Site
 from mor_jax.injection import Adapted, AdaptedSite, AdapterPlan
@@ -188,6 +189,7 @@ class Capture(Adapter):
             compute = _errors if self.kind == "errors" else _moments
             seen = jax.lax.stop_gradient((x, delta))
             statistics = compute(*seen, weight, extra.get(EXTRA + "change"))
+        statistics = {name: spread_out(value) for name, value in statistics.items()}
         delta = emit(delta, {name: extra[EXTRA + name] for name in statistics}, statistics)
         return delta if chain is None else (delta, chain)
 
@@ -287,7 +289,7 @@ def _add_batch(
         return forward(model, watched, params, leaves._replace(params=own), batch, call)
 
     zeros = jax.tree.map(jnp.zeros_like, total)
-    return jax.tree.map(jnp.add, total, through_probes(run, zeros))
+    return jax.tree.map(lambda *sums: spread_out(jnp.add(*sums)), total, through_probes(run, zeros))
 
 
 def collect(
@@ -347,4 +349,16 @@ def solve_in_order(
 
 
 def _zeros(adapted: AdaptedSite, kind: Kind) -> dict[str, Array]:
-    return {name: jnp.zeros(shape) for name, shape in _probe_shapes(adapted, kind).items()}
+    return {name: spread_out(jnp.zeros(shape)) for name, shape in _probe_shapes(adapted, kind).items()}
+
+
+def spread_out(value: Array) -> Array:
+    """A kernel's worth of numbers, (..., in, any), dealt by its inputs over all devices of the mesh in use.
+
+    Of every site at once no device could hold them. Without a mesh, or where they do not divide, they stay as they are.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or value.ndim < 2 or value.shape[-2] % mesh.size:
+        return value
+    split = PartitionSpec(*(None,) * (value.ndim - 2), mesh.axis_names)
+    return jax.lax.with_sharding_constraint(value, split)

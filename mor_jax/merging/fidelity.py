@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from mor_jax.adapters import Leaves
-from mor_jax.injection import AdapterPlan, site_kernels
+from mor_jax.injection import AdapterPlan, gathered, site_kernels
 from mor_jax.merging.calibration import Batch, ModelCall, collect, forward, language_model_call
 
 
@@ -92,7 +92,7 @@ def site_errors(
         changes[adapted.site.path] = change.reshape(*adapted.stack_sizes, *change.shape[-2:])
     found = {}
     for path, sums in collect(model, params, leaves, plan, plan.paths, batches, call, changes).items():
-        error, norm = (np.asarray(sums[name], np.float64).reshape(-1) for name in ("error", "norm"))
+        error, norm = (np.asarray(gathered(sums[name]), np.float64).reshape(-1) for name in ("error", "norm"))
         ratio = np.where(norm > 0, error / np.where(norm > 0, norm, 1), np.where(error > 0, 1.0, 0.0))
         found[path] = np.sqrt(ratio).tolist()
     return found

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from mor_jax.adapters import Leaves
-from mor_jax.injection import AdapterPlan, init_probes
+from mor_jax.injection import AdapterPlan, gathered, init_probes
 from mor_jax.merging.calibration import Batch, ModelCall, forward, language_model_call, through_probes
 from mor_jax.merging.chain import earlier_shares
 
@@ -83,7 +83,7 @@ def _averages(total: Any, task: int | None) -> dict[str, Array]:
     for path, sums in total.items():
         if load not in sums:
             continue
-        tokens, weight = np.asarray(sums[count]), np.asarray(sums[load])
+        tokens, weight = (np.asarray(gathered(sums[name])) for name in (count, load))
         if task is not None:
             tokens, weight = tokens[..., task, None], weight[..., task, :]
         if not (tokens > 0).all():

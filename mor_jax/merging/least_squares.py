@@ -9,16 +9,19 @@ over all batches at once does that. The systems are solved in float64.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from mor_jax.adapters import Leaves
-from mor_jax.injection import AdaptedSite, AdapterPlan, link_leaves
+from mor_jax.injection import AdaptedSite, AdapterPlan, gathered, link_leaves
 from mor_jax.merging.calibration import (
     RIDGE,
     Batch,
@@ -27,6 +30,7 @@ from mor_jax.merging.calibration import (
     language_model_call,
     solve_in_order,
     solve_ridge,
+    spread_out,
 )
 from mor_jax.merging.exact import add_change, merge_site, merge_trained_modules, update_site
 from mor_jax.merging.factors import with_loras
@@ -95,8 +99,14 @@ def _solve(adapted: AdaptedSite, sums: Mapping[str, Array], ridge: float) -> tup
     """(D, C) of a site, layer axes leading."""
     count = sums["count"][..., None]
     moment, cross = sums["xx"] / count, sums["xd"] / count
-    changes = [solve_ridge(moment[index], cross[index], ridge) for index in np.ndindex(adapted.stack_sizes)]
-    return jnp.stack(changes).reshape(cross.shape), moment
+    layers = math.prod(adapted.stack_sizes)
+    flat = (value.reshape(layers, *value.shape[-2:]) for value in (moment, cross))
+    return _solve_layers(*flat, ridge=ridge).reshape(cross.shape), moment
+
+
+@functools.partial(jax.jit, static_argnames="ridge")
+def _solve_layers(moment: Array, cross: Array, ridge: float) -> Array:
+    return jax.lax.map(lambda layer: spread_out(solve_ridge(*layer, ridge)), (moment, cross))
 
 
 def merge_changes(
@@ -158,7 +168,7 @@ def refactor(calibration: Calibration, leaves: Leaves, plan: AdapterPlan, rank: 
     factors = {}
     for path, changes in calibration.changes.items():
         stack, moments = plan[path].stack_sizes, calibration.second_moments[path]
-        pairs = [factorize(np.asarray(changes[i]), np.asarray(moments[i]), rank) for i in np.ndindex(stack)]
+        pairs = [factorize(gathered(changes[i]), gathered(moments[i]), rank) for i in np.ndindex(stack)]
         a, b = (jnp.asarray(np.stack(one), jnp.float32) for one in zip(*pairs, strict=True))
         factors[path] = a.reshape(*stack, *a.shape[1:]), b.reshape(*stack, *b.shape[1:])
     return with_loras(plan, leaves, factors)

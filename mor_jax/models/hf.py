@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -23,12 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from mor_jax.injection import gathered
 from mor_jax.models.config import DecoderConfig, EncoderConfig, ModelConfig
 from mor_jax.models.family import abstract_params
 from mor_jax.models.hf_config import config_to_hf, read_config, same_model
 from mor_jax.models.hf_encoder import LABEL_FIELDS
 from mor_jax.models.hf_json import ModelFileError, read_json
-from mor_jax.models.tensor_file import save_tensors
+from mor_jax.models.tensor_file import new_folder, save_tensors
 from mor_jax.models.tensors import TensorEntry, common_name, is_derived, is_left_out, tensor_table
 
 SINGLE_FILE = "model.safetensors"
@@ -248,15 +248,18 @@ def load_params(directory: str | os.PathLike, config: ModelConfig, shardings: An
     return params
 
 
-def _tensors(params: dict, table: list[TensorEntry]) -> Iterator[tuple[str, np.ndarray]]:
-    """(file name, host array) of each entry, fetched one at a time."""
+def _tensors(params: dict, table: list[TensorEntry], wanted: bool) -> dict[str, np.ndarray]:
+    """{file name: host array} of the entries, fetched one at a time; nothing where not `wanted`, but fetched too."""
+    found = {}
     for entry in table:
         leaf = _tree_get(params, entry.path)
-        value = np.asarray(jax.device_get(leaf if entry.layer is None else leaf[entry.layer]))
-        yield entry.name, np.ascontiguousarray(value.T if entry.transpose else value)
+        value = np.asarray(gathered(leaf if entry.layer is None else leaf[entry.layer]))
+        if wanted:
+            found[entry.name] = np.ascontiguousarray(value.T if entry.transpose else value)
+    return found
 
 
-def _write_shards(folder: Path, params: dict, table: list[TensorEntry], max_shard_bytes: int) -> None:
+def _write_shards(folder: Path | None, params: dict, table: list[TensorEntry], max_shard_bytes: int) -> None:
     sizes = [_tree_get(params, e.path).dtype.itemsize * int(np.prod(e.shape)) for e in table]
     groups: list[list[TensorEntry]] = [[]]
     filled = 0
@@ -266,16 +269,17 @@ def _write_shards(folder: Path, params: dict, table: list[TensorEntry], max_shar
             filled = 0
         groups[-1].append(entry)
         filled += size
-    if len(groups) == 1:
-        save_tensors(dict(_tensors(params, table)), folder / SINGLE_FILE, metadata={"format": "pt"})
-        return
+    names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+    names = [SINGLE_FILE] if len(groups) == 1 else names
     weight_map = {}
-    for number, group in enumerate(groups, start=1):
-        name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        save_tensors(dict(_tensors(params, group)), folder / name, metadata={"format": "pt"})
+    for name, group in zip(names, groups, strict=True):
+        tensors = _tensors(params, group, wanted=folder is not None)
+        if folder is not None:
+            save_tensors(tensors, folder / name, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys((entry.name for entry in group), name))
-    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    if folder is not None and len(groups) > 1:
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _config_json(params: dict, config: ModelConfig, source: Path | None) -> dict[str, Any]:
@@ -304,7 +308,8 @@ def save_params(
 ) -> None:
     """Writes a Hugging Face directory that `load_params` and `transformers` read back.
 
-    The directory is written beside its final place and renamed, so that it is there whole or not at all.
+    The directory is written beside its final place and renamed, so that it is there whole or not at all. Of several
+    processes all must call this, and the first writes.
 
     Args:
       params: the parameter tree; each tensor keeps its dtype.
@@ -320,22 +325,16 @@ def save_params(
       ValueError: a leaf has another shape than `config` says.
     """
     target = Path(directory)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists and is not empty: choose another directory")
     source = None if source_dir is None else Path(source_dir)
     _check_shapes(params, config)
     values = _config_json(params, config, source)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        folder = Path(scratch) / target.name
-        folder.mkdir()
+    with new_folder(target) as folder:
         _write_shards(folder, params, tensor_table(config), max_shard_bytes)
-        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        if source is not None:
-            for pattern in _COPIED:
-                for file in source.glob(pattern):
-                    shutil.copyfile(file, folder / file.name)
-        os.replace(folder, target)
+        if folder is not None:
+            (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            copied = [] if source is None else [file for pattern in _COPIED for file in source.glob(pattern)]
+            for file in copied:
+                shutil.copyfile(file, folder / file.name)
 
 
 def _check_shapes(params: dict, config: ModelConfig) -> None:

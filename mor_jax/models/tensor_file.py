@@ -1,4 +1,4 @@
-"""Safetensors files with the permissions of any other file.
+"""Safetensors files with the permissions of any other file, and folders that are there whole or not at all.
 
 The library writes to a private temporary file and renames it, so that its files can be read by their owner alone:
 colleagues, and a server that runs as another user, could read every file of an export but the weights.
@@ -6,9 +6,13 @@ colleagues, and a server that runs as another user, could read every file of an 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -28,3 +32,29 @@ def save_tensors(tensors: Mapping[str, np.ndarray], path: Path, metadata: Mappin
     mode = path.stat().st_mode
     save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
     path.chmod(mode)
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path | None]:
+    """A folder beside `target` to write into, which takes its name at the end.
+
+    Of several processes, all of which must come here, the first writes; the others get None, and leave when it is done.
+
+    Raises:
+      FileExistsError: `target` is there and not empty.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is not empty: choose another directory")
+    if jax.process_index() > 0:
+        yield None
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+            folder = Path(scratch) / target.name
+            folder.mkdir()
+            yield folder
+            os.replace(folder, target)
+    if jax.process_count() > 1:
+        from jax.experimental.multihost_utils import sync_global_devices
+
+        sync_global_devices(f"{target.name} is there")

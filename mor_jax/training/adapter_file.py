@@ -24,9 +24,10 @@ import numpy as np
 
 from mor_jax.adapters import Adapter, Leaves
 from mor_jax.adapters.registry import make_adapter
-from mor_jax.injection import DEFAULT_KINDS, AdapterPlan, LinearKind, init_leaves, resolve_sites
+from mor_jax.injection import DEFAULT_KINDS, AdapterPlan, LinearKind, gathered, init_leaves, resolve_sites
 from mor_jax.models.tensor_file import save_tensors
 from mor_jax.training.checkpoint import fingerprint
+from mor_jax.training.distributed import barrier, is_first
 from mor_jax.training.integrity import check_manifest, write_manifest
 
 WEIGHTS = "adapter.safetensors"
@@ -46,22 +47,31 @@ def save_adapter(
 ) -> Path:
     """Writes the adapter beside `directory` and renames it into place, replacing an older one.
 
+    Of several processes all must call this, and the first writes.
+
     Args:
       directory: the folder to make.
       plan: where the adapters sit and what they are.
-      leaves: their arrays, whole; dtypes are kept.
+      leaves: their arrays; dtypes are kept.
       metadata: JSON fields for `adapter.json` beside the methods: `base_fingerprint`, `tasks`, `steps` and so on.
 
     Returns:
       Path of the folder.
     """
-    directory = Path(directory)
+    directory, leaves = Path(directory), gathered(leaves)
+    if is_first():
+        _write(directory, plan, leaves, metadata or {})
+    barrier(f"{directory.name} is there")
+    return directory
+
+
+def _write(directory: Path, plan: AdapterPlan, leaves: Leaves, metadata: Mapping[str, Any]) -> None:
     beside = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     tensors = _tensors(leaves)
     save_tensors(tensors, beside / WEIGHTS)
-    description = dict(metadata or {}) | _describe(plan)  # metadata that was read may be that of a larger rank
+    description = dict(metadata) | _describe(plan)  # metadata that was read may be that of a larger rank
     description["shapes"] = {name: list(value.shape) for name, value in tensors.items()}
     description["constants_sha256"] = constants_sha256(leaves.constants)
     (beside / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
@@ -72,7 +82,6 @@ def save_adapter(
         os.replace(directory, old)
     os.replace(beside, directory)
     shutil.rmtree(old, ignore_errors=True)
-    return directory
 
 
 def load_adapter(

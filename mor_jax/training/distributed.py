@@ -212,19 +212,6 @@ def check_same_everywhere(described: Mapping[str, Any]) -> None:
             )
 
 
-def gathered(tree: Any) -> Any:
-    """The arrays of a pytree whole on each host, one after the other; themselves where they are already."""
-
-    def whole(leaf: Any) -> Any:
-        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
-            return leaf
-        from jax.experimental.multihost_utils import process_allgather
-
-        return process_allgather(leaf, tiled=True)
-
-    return jax.tree.map(whole, tree)
-
-
 class Pulse:
     """What all processes tell each other beside a step, reduced on the devices."""
 

@@ -37,7 +37,6 @@ from mor_jax.training.distributed import (
     Pulse,
     barrier,
     check_same_everywhere,
-    gathered,
     is_alone,
     is_first,
     is_lost_peer,
@@ -170,11 +169,10 @@ class _Loop:
         run, config = self.run, self.run.config
         if self.evaluation is not None and not self.evaluated:  # resumed after the last step
             self.evaluated = self.evaluation(self.state, run.params)
-        leaves = gathered(Leaves(self.state.adapters, self.state.adapter_state, self.constants))
+        leaves = Leaves(self.state.adapters, self.state.adapter_state, self.constants)
         about = {"base_fingerprint": self.metadata["base_fingerprint"], "model": config.model, "seed": config.seed}
         about |= {"tasks": list(run.tasks), "steps": self.done}
-        if is_first():
-            save_adapter(Path(config.output_dir) / "adapter", run.plan, leaves, about)
+        save_adapter(Path(config.output_dir) / "adapter", run.plan, leaves, about)
         self.checkpoints.commit()
         barrier("the adapter is there")
         return {

@@ -18,10 +18,11 @@ gathers the table, or all rows, as soon as there is `tensor`, or `sequence` besi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +108,13 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh | None, rules: ShardingRule
             return function(*args)
 
     return traced
+
+
+@contextlib.contextmanager
+def on_devices(mesh: Mesh, rules: ShardingRules = RULES) -> Iterator[None]:
+    """Within it arrays are made on `mesh`, and the activations of our models are held to `rules` wherever they run."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules.pairs(mesh)):
+        yield
 
 
 def param_specs(

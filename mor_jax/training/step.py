@@ -219,17 +219,31 @@ def _start(plan: AdapterPlan, optimizer: optax.GradientTransformation, rules: Ru
     return make
 
 
-def state_shardings(
-    plan: AdapterPlan, state: TrainState, constants: Any, optimizer: Any, specs: Any, mesh: Mesh
-) -> StateShardings:
-    """Shardings for an (abstract) state: adapters follow their kernels, moments and copies follow their adapters."""
+def leaf_specs(plan: AdapterPlan, specs: Any, mesh: Mesh) -> Callable[[Any, Any], PartitionSpec]:
+    """(path, leaf) -> the spec of a trained leaf of the plan, for bases that lie as `specs` say."""
     known = adapter_specs(plan, specs)
 
-    def spec(path, leaf):
+    def spec(path: Any, leaf: Any) -> PartitionSpec:
         found: Any = known
         for part in path:
             found = found.get(part.key, PartitionSpec()) if isinstance(found, Mapping) else found
         return spread(found if isinstance(found, PartitionSpec) else PartitionSpec(), leaf, mesh)
+
+    return spec
+
+
+def put_leaves(leaves: Leaves, plan: AdapterPlan, specs: Any, mesh: Mesh) -> Leaves:
+    """The leaves on the devices of `mesh`, each where a step has it; of several processes each gives all of them."""
+    trained = jax.tree.map_with_path(leaf_specs(plan, specs, mesh), leaves.params)
+    rest = jax.tree.map(lambda _: PartitionSpec(), (leaves.state, leaves.constants))
+    return jax.device_put(leaves, shardings_of(Leaves(trained, *rest), mesh))
+
+
+def state_shardings(
+    plan: AdapterPlan, state: TrainState, constants: Any, optimizer: Any, specs: Any, mesh: Mesh
+) -> StateShardings:
+    """Shardings for an (abstract) state: adapters follow their kernels, moments and copies follow their adapters."""
+    spec = leaf_specs(plan, specs, mesh)
 
     def remembered(path, leaf):
         site, name = (getattr(part, "key", None) for part in path[-2:])

@@ -163,7 +163,7 @@ def test_an_export_that_differs_is_a_fault(capsys, tmp_path, lora_run, monkeypat
     from mor_jax.cli import export
 
     differs = export.Verification(False, 0.5, "mor_jax")
-    monkeypatch.setattr(export, "verify_adapter", lambda *arguments: differs)
+    monkeypatch.setattr(export, "verify_adapter", lambda *_, **__: differs)
     words = ("export", lora_run, "--output-dir", str(tmp_path / "out"), "--format", "safetensors", "--verify")
     result = run_json(capsys, *words, code=3)
     assert result["verified"] is False

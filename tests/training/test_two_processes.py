@@ -98,33 +98,47 @@ def test_two_processes_that_were_killed_and_stopped_train_what_one_does(two, fil
 
 
 def _commands(run, files, folder):
+    """A merge by gates, which is exact in them; a LoRA fitted by least squares and distillation; figures; text."""
+    few = ("--batches", "2", "--steps", "2", "--json", "--output-dir")
     held_out = f"add={files}/held_out_add.jsonl"
-    mean = ("--gates", "mean", "--batches", "2")  # least squares make much of what is only rounding
     return [
-        ["merge", str(run), *mean, "--output-dir", str(folder / "merge")],
-        ["export", str(run), *mean, "--output-dir", str(folder / "export")],
+        ["merge", str(run), "--gates", "mean", *few, str(folder / "merge")],
+        ["export", str(run), "--format", "peft", "--gates", "distill", "--verify", *few, str(folder / "export")],
         ["eval", str(run), "--data", held_out, "--sequence-length", "48", "--json"],
+        ["generate", str(run), "--prompt", "add 1:", "--max-new-tokens", "4", "--greedy", "--json"],
     ]
 
 
 @pytest.mark.slow  # two processes
-def test_two_processes_merge_export_and_evaluate_what_one_does(two, files, tmp_path, capsys):
+def test_two_processes_merge_export_evaluate_and_generate_what_one_does(two, files, tmp_path, capsys):
+    """On all eight devices, where one process alone uses one."""
     together, alone = tmp_path / "together", tmp_path / "alone"
     for folder in (together, alone):
         folder.mkdir()
     (tmp_path / "commands.json").write_text(json.dumps(_commands(two, files, together)))
     script = Path(__file__).parent / "several_commands.py"
     pair = Pair(tmp_path / "logs", script, tmp_path / "commands.json")
+    expected = []
     for command in _commands(two, files, alone):
         capsys.readouterr()
         assert main(command) == 0
+        expected.append(json.loads(capsys.readouterr().out))
     assert pair.wait() == [0, 0]
     assert pair.output(1) == ""
-    evaluated, expected = json.loads(pair.output(0).splitlines()[-1]), json.loads(capsys.readouterr().out)
-    assert evaluated.pop("metrics") == pytest.approx(expected.pop("metrics"), rel=1e-6)  # float32 sums
-    assert evaluated == expected
+    found = [json.loads(line) for line in pair.output(0).splitlines()]
     for name in ("merge", "export"):
         files_of = [sorted(path.name for path in (folder / name).iterdir()) for folder in (together, alone)]
         assert files_of[0] == files_of[1]
-        weights = [(folder / name / "model.safetensors").read_bytes() for folder in (together, alone)]
-        assert weights[0] == weights[1]
+        assert verify_manifest(together / name) == []
+    ours, theirs = (load_file(folder / "merge" / "model.safetensors") for folder in (together, alone))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_allclose(value, theirs[name], rtol=0, atol=1e-6, err_msg=name)  # gates are sums over tokens
+    (merged, exported, evaluated, generated), (_, _, own, text) = found, expected
+    assert merged["kl"] < 1e-6
+    assert exported["verified"] is True
+    assert exported["verified_with"] == "mor_jax"  # torch knows nothing of the other process
+    assert exported["fidelity"]["kl"] < 1e-6
+    assert evaluated.pop("metrics") == pytest.approx(own.pop("metrics"), rel=1e-6)  # float32 sums
+    assert evaluated == own
+    assert generated == text
