@@ -1,7 +1,7 @@
 """Several processes as one run: joining them, deciding once for all, agreeing when to stop, and leaving.
 
-jax finds the other processes itself on TPU pods, under Slurm and Open MPI; on plain hosts they are named. Everything
-here is a no-op for a process that is alone.
+jax finds the other processes itself on TPU pods, under Slurm and under Open MPI before 5; elsewhere they are named.
+Everything here is a no-op for a process that is alone.
 
     join            before anything touches a device
     first_decides   what depends on the disk is looked up by process 0, so that all take the same way
@@ -36,8 +36,7 @@ JOIN_SECONDS = 300  # that the first process waits for the last one
 HEARTBEAT_SECONDS = 30  # of silence until a peer counts as lost
 EXIT_SECONDS = 20  # that a process waits at its end for the others to come to theirs
 _LOST = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "heartbeat", "Gloo", "NCCL")  # in the text of jax's errors
-# What jax says when it detects no cluster, and when devices are in use already.
-_ALONE = ("coordinator_address should be defined", "must be called before any JAX calls")
+_NO_CLUSTER, _IN_USE = "coordinator_address should be defined", "must be called before any JAX calls"  # jax's words
 
 
 class DistributedError(ValueError):
@@ -82,7 +81,8 @@ def join(coordinator: str = "", num_processes: int | None = None, process_id: in
       Whether there are other processes.
 
     Raises:
-      DistributedError: only a part of the three is given, or they contradict each other.
+      DistributedError: only a part of the three is given, they contradict each other, or jax does not find the
+        processes that a launcher started together.
     """
     if jax.distributed.is_initialized():
         return not is_alone()
@@ -95,15 +95,20 @@ def join(coordinator: str = "", num_processes: int | None = None, process_id: in
         "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
         "shutdown_timeout_seconds": EXIT_SECONDS,
     }
-    if coordinator or num_processes is not None or process_id is not None:
+    launched = _launched()
+    named = bool(coordinator) or num_processes is not None or process_id is not None
+    if named:
         options |= _explicit(coordinator, num_processes, process_id)
+    elif launched == 1:  # jax would open a port of the job's number: two such processes on a host end each other
+        return False
     minutes = JOIN_SECONDS // 60
     undo = _on_abort(LostPeerError.exit_code, f"the other processes did not come within {minutes} minutes: start all")
     try:
         jax.distributed.initialize(**options)
     except (ValueError, RuntimeError) as error:
-        if not any(words in str(error) for words in _ALONE) or "coordinator_address" in options:
-            raise DistributedError(f"{error}: name the processes, or use --distributed off") from error
+        alone = _IN_USE in str(error) or (_NO_CLUSTER in str(error) and launched is None)
+        if named or not alone:
+            raise DistributedError(f"not joined ({error}): name the processes, or use --distributed off") from error
     if not jax.distributed.is_initialized() or is_alone():
         undo()
         return False
@@ -111,6 +116,16 @@ def join(coordinator: str = "", num_processes: int | None = None, process_id: in
     if not is_first():
         logging.getLogger("mor_jax").setLevel(logging.ERROR)
     return True
+
+
+def _launched() -> int | None:
+    """How many processes the launcher started together; None without one that says so.
+
+    Open MPI comes first, as jax has it: its launcher may itself run under Slurm's.
+    """
+    slurm = os.environ.get("SLURM_NTASKS") if "SLURM_STEP_NODELIST" in os.environ else None  # of srun, not sbatch
+    count = os.environ.get("OMPI_COMM_WORLD_SIZE", slurm)
+    return None if count is None else int(count)
 
 
 def _number(name: str, given: int | None) -> int | None:

@@ -77,7 +77,8 @@ exit "${codes[${HOST:-0}]}"
 @pytest.fixture
 def launch(tmp_path):
     """Runs a recipe where tasks, or hosts, end with `codes` at every start -> (exit code, starts, requeued)."""
-    commands = {"srun": SRUN, "gcloud": GCLOUD, "mor": MOR, "scontrol": "echo $* > requeued", "sleep": "", "pip": ""}
+    commands = {"srun": SRUN, "gcloud": GCLOUD, "mor": MOR, "scontrol": "echo $* > requeued", "sleep": ""}
+    commands |= {"pip": "", "uv": ""}
     (tmp_path / "bin").mkdir()
     for name, text in commands.items():
         path = tmp_path / "bin" / name
@@ -124,6 +125,21 @@ def test_slurm_requeues_lost_workers_only_so_often(launch, codes, restart, code,
 @pytest.mark.parametrize(("codes", "code", "starts"), [("0", 0, 1), ("2", 2, 1), ("143", 143, 1), ("3", 3, 21)])
 def test_a_plain_host_restarts_only_so_often(launch, codes, code, starts):
     assert launch("two_hosts.sh", codes) == (code, starts, False)
+
+
+def test_a_plain_host_ends_with_its_peer_of_bad_input(launch, tmp_path):
+    mine, others = tmp_path / "RUN.bad_input.0", tmp_path / "RUN.bad_input.1"
+    assert launch("two_hosts.sh", "2")[0] == 2
+    assert mine.exists()
+    others.touch()
+    assert launch("two_hosts.sh", "0")[0] == 0  # what was mended since
+    assert not mine.exists()
+    (tmp_path / "starts").unlink()
+    assert launch("two_hosts.sh", "3") == (2, 1, False)
+    others.unlink()
+    (tmp_path / "starts").unlink()
+    mine.touch()
+    assert launch("two_hosts.sh", "3") == (3, 21, False)
 
 
 @pytest.mark.parametrize(
