@@ -100,13 +100,13 @@ def _solve(adapted: AdaptedSite, sums: Mapping[str, Array], ridge: float) -> tup
     count = sums["count"][..., None]
     moment, cross = sums["xx"] / count, sums["xd"] / count
     layers = math.prod(adapted.stack_sizes)
-    flat = (value.reshape(layers, *value.shape[-2:]) for value in (moment, cross))
-    return _solve_layers(*flat, ridge=ridge).reshape(cross.shape), moment
+    flat = moment.reshape(layers, *moment.shape[-2:]), cross.reshape(layers, *cross.shape[-2:])
+    return _solve_layers(flat, ridge).reshape(cross.shape), moment
 
 
-@functools.partial(jax.jit, static_argnames="ridge")
-def _solve_layers(moment: Array, cross: Array, ridge: float) -> Array:
-    return jax.lax.map(lambda layer: spread_out(solve_ridge(*layer, ridge)), (moment, cross))
+@functools.partial(jax.jit, static_argnums=1)
+def _solve_layers(sums: tuple[Array, Array], ridge: float) -> Array:
+    return jax.lax.map(lambda layer: spread_out(solve_ridge(layer[0], layer[1], ridge)), sums)
 
 
 def merge_changes(

@@ -1,0 +1,117 @@
+"""Commands on a model split over eight devices give what one device gives."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import tiny_bert
+import tiny_llama as tiny
+from jax.sharding import PartitionSpec
+from safetensors.numpy import load_file
+
+from mor_jax.cli.main import main
+from mor_jax.cli.merge import run_batches
+from mor_jax.cli.opening import choose_devices, open_run
+from mor_jax.cli.options import MergeOptions
+from mor_jax.merging import least_squares
+from mor_jax.models import make_model
+from mor_jax.training.mesh import MeshError
+
+MESH = "data=2,fsdp=2,tensor=2"
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A routed MoR on a model whose matrices are large enough to be split."""
+    folder = tmp_path_factory.mktemp("split")
+    shape = dataclasses.replace(tiny.CONFIG, hidden_size=64, intermediate_size=256)
+    model = tiny.make_model(folder / "model", shape)
+    return tiny.make_run(folder / "run", model, method="mor", num_experts=2, targets=("up_proj", "down_proj"))
+
+
+def both(capsys, *words):
+    """What a command prints with all devices, and with one."""
+    found = []
+    for mesh in (("--mesh", MESH), ()):
+        capsys.readouterr()
+        assert main([*(str(word).replace("MESH", mesh[-1] if mesh else "one") for word in words), *mesh, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    return found
+
+
+def test_the_base_and_its_adapter_are_split(run):
+    live = open_run(run, mesh=MESH)
+    kernel = live.params["layers"]["mlp"]["up_proj"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 64 // 2, 256 // 2)
+    assert all(len(leaf.sharding.device_set) == 8 for leaf in (*live.leaves.params["layers/mlp/up_proj"].values(),))
+
+
+def test_a_merge_is_that_of_one_device(run, tmp_path, capsys):
+    words = ("--gates", "mean", "--batches", "2", "--output-dir", tmp_path / "MESH")
+    split, whole = both(capsys, "merge", run, *words)
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in (MESH, "one"))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_allclose(value, theirs[name], rtol=0, atol=1e-5, err_msg=name)  # gates are sums over tokens
+    assert split["tokens"] == whole["tokens"]
+    assert split["kl"] == pytest.approx(whole["kl"], rel=1e-3)
+    assert split["kl"] > 1e-6  # of routed gates, so that there is something to compare
+
+
+def test_least_squares_are_those_of_one_device(run, tmp_path, capsys):
+    """By how well they imitate: the moments of few tokens leave much of the change open."""
+    words = ("--gates", "least_squares", "--batches", "2", "--output-dir", tmp_path / "MESH")
+    split, whole = both(capsys, "merge", run, *words)
+    assert split["kl"] == pytest.approx(whole["kl"], rel=1e-2)
+
+
+def test_the_sums_of_a_calibration_are_split(run, tmp_path):
+    """A site's are as large as its kernel in float32, and all sites' are held at once."""
+    live = open_run(run, mesh=MESH)
+    calibration, _ = run_batches(live, MergeOptions(run=run, output_dir=str(tmp_path), batches=2))
+    with live.on_devices():
+        model = make_model(live.config)
+        found = least_squares(model, live.params, live.leaves, live.plan, calibration, sequential=False)
+    for name, width in (("up_proj", 64), ("down_proj", 256)):
+        for arrays in (found.changes, found.second_moments):
+            array = arrays[f"layers/mlp/{name}"]
+            assert array.sharding.shard_shape(array.shape)[1] == width // 8
+
+
+def test_an_export_is_verified_where_it_lies(run, tmp_path, capsys):
+    words = ("--format", "safetensors", "--verify", "--output-dir", tmp_path / "MESH")
+    split, _ = both(capsys, "export", run, *words)
+    assert split["verified"] is True
+    ours, theirs = (load_file(tmp_path / name / "adapter.safetensors") for name in (MESH, "one"))
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_figures_and_texts_are_those_of_one_device(run, tmp_path, capsys):
+    data = tiny.write_records(tmp_path / "held_out.jsonl", count=5)
+    words = ("--data", data, "--batch-size", "3", "--sequence-length", "32")  # 3 rows become 4
+    split, whole = both(capsys, "eval", run, *words)
+    assert split["metrics"] == pytest.approx(whole["metrics"], rel=1e-5)
+    split, whole = both(capsys, "generate", run, "--prompt", "add 3:", "--greedy", "--max-new-tokens", "4")
+    assert split == whole
+
+
+def test_the_devices_are_chosen_by_what_divides():
+    shape = dataclasses.replace(tiny.CONFIG, hidden_size=64, intermediate_size=256)
+    assert choose_devices(shape)[0].size == 1  # virtual devices of one CPU share its memory and cores
+    assert dict(choose_devices(shape, "fsdp=4,data=-1")[0].shape) == {"data": 2, "fsdp": 4, "sequence": 1, "tensor": 1}
+    with pytest.raises(MeshError, match="sequence is for training"):
+        choose_devices(shape, "sequence=2,fsdp=4")
+    with pytest.raises(MeshError, match="tensor=8 does not divide 4 heads"):
+        choose_devices(shape, "tensor=8")
+
+
+def test_every_accelerator_is_used_as_far_as_the_model_divides(monkeypatch):
+    monkeypatch.setattr("jax.default_backend", lambda: "tpu")
+    shape = dataclasses.replace(tiny.CONFIG, hidden_size=60, num_heads=4, head_dim=16, intermediate_size=512)
+    mesh, specs = choose_devices(shape)
+    assert (mesh.shape["fsdp"], mesh.shape["data"]) == (4, 2)  # 60 does not divide by 8
+    assert specs["layers"]["mlp"]["up_proj"]["kernel"] == PartitionSpec(None, "fsdp")
+    assert choose_devices(tiny_bert.CONFIG)[0].size == 8
