@@ -17,7 +17,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from flax.core import meta
 from jax import Array
+from jax.sharding import Mesh
 
 from mor_jax.adapters import AdapterInputs, Leaves
 from mor_jax.data.packing import permutation
@@ -33,9 +35,11 @@ from mor_jax.merging import (
     routed_logits,
 )
 from mor_jax.merging.calibration import RIDGE, Batch
+from mor_jax.merging.exact import sharding_of
 from mor_jax.merging.fidelity import counted_rows
 from mor_jax.optim.rules import Rules
-from mor_jax.training.step import Loss, NonFiniteError, TrainState, make_step
+from mor_jax.training.mesh import replicated
+from mor_jax.training.step import Loss, NonFiniteError, StateShardings, TrainState, make_step, put_leaves
 
 STEPS = 200
 LEARNING_RATE = 3e-3
@@ -127,19 +131,37 @@ def _train(
     seed: int,
 ) -> Leaves:
     """The leaves after a step on each batch; raises NonFiniteError."""
+    leaves, mesh = _beside_base(leaves, adapted, params)
     adapters, saved = jax.tree.map(jnp.array, (leaves.params, leaves.state))  # copies, because a step donates them
     key = jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
     state = TrainState(jnp.zeros((), jnp.int32), adapters, saved, optimizer.init(adapters), {}, key)
-    loss = distillation_loss(adapted, call)
-    step = make_step(
-        adapted, optimizer, loss=loss, constants=leaves.constants, adapters=adapters, rules=Rules()
-    )  # no rules, since those of other methods would change what stays as it is
+    shardings = None if mesh is None else _as_they_lie(state, params, leaves.constants, mesh)
+    state = state if shardings is None else jax.device_put(state, shardings.state)
+    own: dict[str, Any] = {"constants": leaves.constants, "adapters": adapters, "shardings": shardings}
+    # no rules, since those of other methods would change what stays as it is
+    step = make_step(adapted, optimizer, loss=distillation_loss(adapted, call), rules=Rules(), **own)
     for number, batch in enumerate(taught, 1):
         state, metrics = step(state, params, batch)
         bad = int(metrics["bad_leaf"])
         if bad >= 0:
             raise NonFiniteError(number, step.names[bad])
     return Leaves(state.adapters, state.adapter_state, leaves.constants)
+
+
+def _beside_base(leaves: Leaves, adapted: Adapted, params: Any) -> tuple[Leaves, Mesh | None]:
+    """The leaves where training has them, and the base's mesh; as they are, and None, without a mesh."""
+    base = meta.unbox(params)
+    places = [sharding_of(leaf) for leaf in jax.tree.leaves(base)]
+    if adapted.plan is None or None in places:
+        return leaves, None
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, base)
+    return put_leaves(leaves, adapted.plan, specs, places[0].mesh), places[0].mesh
+
+
+def _as_they_lie(state: TrainState, params: Any, constants: Any, mesh: Mesh) -> StateShardings:
+    """Everything stays where it is, so that no step compiles anew; batches may be anywhere."""
+    where = lambda tree: jax.tree.map(lambda leaf: sharding_of(leaf) or replicated(mesh), tree)  # noqa: E731
+    return StateShardings(where(state), where(params), where(constants), batch=None, metrics=replicated(mesh))
 
 
 def _balanced(leaves: Leaves, paths: Container[str]) -> Leaves:

@@ -142,7 +142,7 @@ class Step:
 
 @dataclass(frozen=True)
 class StateShardings:
-    """Where everything of a step lives."""
+    """Where everything of a step lives; a `batch` of None may be anywhere."""
 
     state: Any
     params: Any
@@ -295,7 +295,7 @@ def make_step(
     plan = _plan(adapted)
     rules = _checked_rules(plan, rules)
     tx = optax.with_extra_args_support(optimizer)
-    mesh = None if shardings is None else shardings.batch.mesh
+    mesh = None if shardings is None else shardings.metrics.mesh
     step = _one_step(plan, tx, rules, partial(sum_micro_batches, plan, accumulate, mesh, loss), num_tasks)
     options: dict[str, Any] = {"donate_argnums": 0, "compiler_options": compiler_options(mesh)}
     if shardings is not None:
