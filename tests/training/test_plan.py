@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tiny_runs
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mor_jax.adapters import Leaves
 from mor_jax.injection import get_path
@@ -21,9 +22,9 @@ from mor_jax.models import ModelFileError, abstract_params, known_config
 from mor_jax.models.presets import PRESETS
 from mor_jax.optim import plan_rules
 from mor_jax.training.build import base_config, build_run
-from mor_jax.training.hlo import Traffic
-from mor_jax.training.mesh import make_mesh, put_batch
-from mor_jax.training.plan import Forecast, advice, forecast, needed_bytes, plan_step, roofline
+from mor_jax.training.hlo import Traffic, measure_traffic
+from mor_jax.training.mesh import batch_sharding, make_mesh, put_batch
+from mor_jax.training.plan import Forecast, advice, forecast, gathered_stacks, needed_bytes, plan_step, roofline
 from mor_jax.training.plan_merge import forecast_merge
 from mor_jax.training.plan_search import REMATS
 from mor_jax.training.step import init_state, make_step
@@ -119,6 +120,31 @@ def test_adapters_send_factors_and_gradients_but_no_activations(run):
     factors = {str(size) for leaf in jax.tree.leaves(state.adapters) for size in leaf.shape}
     gathered = [_axes(shape) for shape, kind, rest in found if kind == "all-gather" and "_proj" in rest]
     assert [axes for axes in gathered if min(map(int, axes)) <= 2 * 3 and axes & factors]  # the sharded factors
+
+
+@pytest.mark.parametrize(
+    ("description", "gathered"),
+    [("fsdp=8", (None, None)), ("fsdp=4,tensor=2", (None, "tensor")), ("fsdp=4,tensor=2", (None, None))],
+)
+def test_a_stack_that_a_program_gathers_before_its_loop_is_named(description, gathered):
+    mesh = make_mesh(description)
+    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, "fsdp", "tensor"), (None, *gathered)))
+    stack = jax.ShapeDtypeStruct((3, 64, 32), jnp.float32, sharding=split)
+    x = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=batch_sharding(mesh))
+
+    def found(before, inside):
+        def function(stack, x):
+            def layer(x, kernel):
+                return x + (x @ jax.lax.with_sharding_constraint(kernel, inside)).sum(-1, keepdims=True), None
+
+            return jax.lax.scan(layer, x, jax.lax.with_sharding_constraint(stack, before))[0]
+
+        text = jax.jit(function, out_shardings=x.sharding).lower(stack, x).compile().as_text()
+        return gathered_stacks({"mlp": {"kernel": stack}}, measure_traffic(text))
+
+    layer = NamedSharding(mesh, PartitionSpec(*gathered))
+    assert found(whole, layer) == ("mlp/kernel",)
+    assert found(split, layer) == ()  # one layer at a time
 
 
 def _axes(shape):
