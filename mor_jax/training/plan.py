@@ -52,7 +52,7 @@ class Forecast:
       collectives: {kind: {"bytes": of one device, "count": ..., "largest": bytes of its largest output}}.
       estimated_seconds: by the roofline, whose three roofs follow; None where the chip's speed is not known.
       mfu: 4 N operations a token (forward, and backward to the activations) / peak / estimated_seconds.
-      gathered_stacks: stacked base parameters that some device holds whole at a time, or its `tensor` part of; should be none.
+      gathered_stacks: stacked base parameters that some device holds whole, or its `tensor` part of; should be none.
       trainable_parameters: of the adapters.
       problem: the compiler's own words when it refused; "" otherwise.
     """
