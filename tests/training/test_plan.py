@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import math
 import os
 import re
 import subprocess
@@ -18,8 +17,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mor_jax.adapters import Leaves
 from mor_jax.injection import get_path
 from mor_jax.merging import merge
-from mor_jax.models import ModelFileError, abstract_params, known_config
-from mor_jax.models.presets import PRESETS
 from mor_jax.optim import plan_rules
 from mor_jax.training.build import base_config, build_run
 from mor_jax.training.hlo import Traffic, measure_traffic
@@ -248,32 +245,6 @@ def test_other_errors_of_the_compiler_are_not_hidden(run, monkeypatch):
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         forecast(run.config, base_config(run.config), topology)
     assert needed_bytes("out of memory", 7) == 7
-
-
-# Parameters of the checkpoints on the Hugging Face hub.
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    [
-        ("Llama-3.2-1B", 1_235_814_400),
-        ("meta-llama/Llama-3.1-8B", 8_030_261_248),
-        ("llama-3.1-70b", 70_553_706_496),
-        ("llama-3.1-405b", 405_853_388_800),
-        ("Mistral-7B", 7_248_023_552),
-        ("Qwen3-8B", 8_190_735_360),
-        ("Qwen3-32B", 32_762_123_264),
-        ("gemma-3-1b", 999_885_952),
-    ],
-)
-def test_known_names_have_the_published_sizes(name, parameters):
-    leaves = jax.tree.leaves(abstract_params(known_config(name)))
-    assert sum(math.prod(leaf.shape) for leaf in leaves) == parameters
-
-
-def test_an_unknown_name_lists_the_known_ones_and_the_nearest(tmp_path):
-    with pytest.raises(ModelFileError, match=r"known are llama-3.2-1b, .*did you mean llama-3.1-8b\?"):
-        known_config("Llama-3.1-8")
-    (tmp_path / "config.json").write_text(json.dumps(PRESETS["qwen3-0.6b"]))
-    assert known_config(tmp_path / "config.json") == known_config(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["v5e", "v9:4x4", "v5e:4x", "cpu:0", "cpu:-1", ""])
