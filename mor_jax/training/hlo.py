@@ -23,6 +23,7 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _NOT_MEMORY = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"}
 _NOT_MEMORY |= {"after-all", "partition-id", "replica-id", "iota", "broadcast", "reshape"}
+_NO_CALL = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast)"')  # a TPU's names for memory, not for work
 
 
 def count_flops(jaxpr: Any) -> float:
@@ -288,6 +289,10 @@ def _touched(computations: dict[str, list[Instruction]], instruction: Instructio
     operation = instruction.operation
     if operation in ("dynamic-slice", "slice", "gather"):
         return 2 * memory_bytes(instruction.type)
+    if operation.endswith("-start"):
+        return _touched_by_start(instruction)
+    if operation == "custom-call" and _NO_CALL.search(instruction.text):
+        return 0
     if operation in ("dynamic-update-slice", "scatter"):
         return 2 * memory_bytes(types.get(instruction.operands[1], "")) if len(instruction.operands) > 1 else 0
     if operation != "fusion":
@@ -297,6 +302,14 @@ def _touched(computations: dict[str, list[Instruction]], instruction: Instructio
         return _touched_beside_collective(instruction, types)
     read = sum(_read_by_fusion(body, index, types.get(name, "")) for index, name in enumerate(instruction.operands))
     return read + _written_by_fusion(body, instruction.type)
+
+
+def _touched_by_start(instruction: Instruction) -> int:
+    """Bytes that an asynchronous operation moves; its type names the operands, then the results."""
+    if instruction.operation not in ("slice-start", "dynamic-slice-start"):
+        return memory_bytes(instruction.type)
+    source, part = _ARRAY_AND_LAYOUT.findall(instruction.type)[:2]
+    return memory_bytes(part) + (type_bytes(part) if memory_bytes(source) else 0)
 
 
 def _touched_beside_collective(instruction: Instruction, types: dict[str, str]) -> int:
