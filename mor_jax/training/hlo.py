@@ -326,7 +326,7 @@ def _touched_beside_collective(instruction: Instruction, types: dict[str, str]) 
 def _read_by_fusion(body: list[Instruction], index: int, operand_type: str) -> int:
     name = next((i.name for i in body if i.operation == "parameter" and f"parameter({index})" in i.text), None)
     users = [i for i in body if name in i.operands]
-    if users and all(user.operation == "dynamic-slice" for user in users):
+    if users and all(user.operation == "dynamic-slice" and user.operands[0] == name for user in users):
         return sum(memory_bytes(user.type) for user in users)
     if users and all(user.operation == "dynamic-update-slice" and user.operands[0] == name for user in users):
         return 0
