@@ -3,6 +3,12 @@
 XLA's own cost analysis counts a loop's body once, so a model that scans over its layers looks as cheap as one layer.
 Here floating-point operations are counted in the jaxpr, where a scan knows its length, and bytes and collectives in
 the partitioned program's text, where a loop's condition compares its counter with a constant.
+
+How far the bytes can be trusted: with each loop's body counted once they are XLA's own to 0.1 % on CPU, scanned or
+unrolled. A scanned layer really moves more than an unrolled one, since its kernels are copied out of their stacks and
+what the backward pass reads into others: 1.6 times in the test's small program, 1.05 times on a v5e with everything
+recomputed. There XLA's figure is no measure of HBM: of an unrolled layer's 7.1 GB only 2.0 are (MoR, width 2,048, 4,096
+tokens a chip), the rest being on-chip memory and buffers that pass through. Caches are unknown to either count.
 """
 
 from __future__ import annotations
