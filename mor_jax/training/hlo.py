@@ -98,7 +98,7 @@ class Traffic:
       counts: how often each kind runs.
       largest: the largest output of each kind, bytes.
       channels: of the asynchronous collectives that are counted already.
-      gathered: sizes of the axes of each array that an all-gather or an all-reduce makes, sorted.
+      gathered: sizes of the axes of each array that an all-gather or an all-reduce makes, sorted, without those of 1.
     """
 
     memory: float = 0.0
@@ -280,7 +280,7 @@ def _add_collective(instruction: Instruction, kind: str, times: int, types: dict
     """A ring sends each device about what it ends up with; an all-reduce twice that."""
     if kind in ("all-gather", "all-reduce"):  # a TPU's compiler may gather by adding up parts filled up with zeros
         shapes = [shape.split(",") for _, shape in _ARRAY.findall(instruction.type)]
-        traffic.gathered |= {tuple(sorted(int(size) for size in shape if size)) for shape in shapes}
+        traffic.gathered |= {tuple(sorted(int(size) for size in shape if size not in ("", "1"))) for shape in shapes}
     given = sum(type_bytes(types.get(operand, "")) for operand in instruction.operands)
     made = type_bytes(instruction.type)
     made = made - given if instruction.operation.endswith("-start") else made

@@ -289,15 +289,15 @@ def gathered_stacks(params: Any, traffic: Traffic) -> tuple[str, ...]:
 
 
 def _gathered_shapes(leaf: Any) -> set[tuple[int, ...]]:
-    """Sizes of the axes, sorted, of a parameter that is gathered over all mesh axes, or over all but `tensor`.
+    """What `Traffic.gathered` has of a parameter that is gathered over all mesh axes, or over all but `tensor`.
 
-    None of them is what a device holds anyway.
+    Nothing that a device holds anyway.
     """
     mesh, spec = leaf.sharding.mesh, leaf.sharding.spec
     parts = (part if isinstance(part, tuple) else (part,) for part in spec)
     inner = PartitionSpec(*("tensor" if "tensor" in part else None for part in parts))
-    shapes = {leaf.shape, NamedSharding(mesh, inner).shard_shape(leaf.shape)}
-    return {tuple(sorted(shape)) for shape in shapes - {leaf.sharding.shard_shape(leaf.shape)}}
+    shapes = {leaf.shape, NamedSharding(mesh, inner).shard_shape(leaf.shape)} - {leaf.sharding.shard_shape(leaf.shape)}
+    return {tuple(sorted(size for size in shape if size > 1)) for shape in shapes}
 
 
 def _matrix_size(shape: DecoderConfig) -> int:
