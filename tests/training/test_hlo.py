@@ -230,3 +230,35 @@ ENTRY %main (x: bf16[4,8,64]) -> bf16[4,8,64] {
 def test_a_copy_to_or_from_on_chip_memory_is_traffic_once():
     whole = 4 * 8 * 64 * 2
     assert measure_traffic(ASYNC_COPIES).memory == whole // 4 + whole + whole
+
+
+STACK = """HloModule step, is_scheduled=true
+
+%layer (p: bf16[32,8,64], i: s32[]) -> bf16[8,64] {
+  %p = bf16[32,8,64]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %sliced = bf16[1,8,64]{2,1,0} dynamic-slice(%p, %i, %zero, %zero), dynamic_slice_sizes={1,8,64}
+  ROOT %one = bf16[8,64]{1,0} bitcast(%sliced)
+}
+
+%go_on (p: bf16[4,8], q: bf16[32,8,64], i: s32[]) -> (bf16[8,64], bf16[4,8]) {
+  %p = bf16[4,8]{1,0} parameter(0)
+  %q = bf16[32,8,64]{2,1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %own = bf16[8,64]{1,0} fusion(%q, %i), kind=kLoop, calls=%layer
+  %all-gather = bf16[64,8]{1,0} all-gather(%p), channel_id=7, dimensions={0}
+  ROOT %tuple = (bf16[8,64]{1,0}, bf16[4,8]{1,0}) tuple(%own, %p)
+}
+
+ENTRY %main (p: bf16[4,8], q: bf16[32,8,64], i: s32[]) -> (bf16[8,64], bf16[4,8]) {
+  %p = bf16[4,8]{1,0} parameter(0)
+  %q = bf16[32,8,64]{2,1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %out = (bf16[8,64]{1,0}, bf16[4,8]{1,0}) fusion(%p, %q, %i), kind=kOutput, calls=%go_on
+}
+"""
+
+
+def test_a_layer_of_a_stack_is_read_alone_even_by_a_fusion_within_one_that_carries_a_collective_on():
+    assert measure_traffic(STACK).memory == 4 + 2 * 8 * 64 * 2  # the index, the layer, and the layer again as output
