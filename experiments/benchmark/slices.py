@@ -7,7 +7,8 @@ python experiments/benchmark/slices.py --cases 8b                # minutes a row
 python experiments/benchmark/slices.py --cases 70b --methods mor
 python experiments/benchmark/slices.py --cases ""                # the tables again, from the rows that there are
 
-Writes experiments/results/slices.json and slices.md after every row; rows measured before stay.
+Writes experiments/results/slices.json and slices.md after every row; rows measured before stay. A row names the commit
+that it was compiled from, with a + where files beside the results had changed since.
 """
 
 from __future__ import annotations
@@ -58,7 +59,10 @@ LENGTH = 4096
 NOTE = f"""Rows of {LENGTH} tokens, bfloat16 base over `fsdp`, all linear maps adapted by the methods' defaults. Memory
 is the compiler's. Step times are roofline estimates, not measurements: the highest of three roofs. Attention is the
 splash kernel, whose operations are counted as if it skipped no block. The compiler's seconds are of one core; the share
-of the base is that of adapters, their gradients and moments over all chips."""
+of the base is that of adapters, their gradients and moments over all chips. MFU is the estimate's: 4 N operations a
+token (forward, and backward to the activations), by the chips' peak and the estimated seconds."""
+OLDER = """Rows without a commit were compiled when a program that reads one layer of a stack in each turn of a loop was
+at times taken to read all of it: their memory roof is up to twice too high. It is the highest roof of none."""
 
 
 def plan_words(case: str, method: str) -> str:
@@ -83,7 +87,7 @@ def measure(case: str, method: str) -> dict:
     run = lay_out(config, shape, make_mesh("fsdp=-1", chips.devices))
     start = time.process_time()
     found = dataclasses.asdict(forecast(config, shape, chips))
-    row = {"case": case, "model": model, "method": method, "rows": rows, "length": LENGTH}
+    row = {"case": case, "model": model, "method": method, "rows": rows, "length": LENGTH, "commit": _commit()}
     costs = {"compile_cpu_seconds": round(time.process_time() - start, 1)}
     trained = _bytes((run.state.adapters, run.state.adapters, run.state.opt_state))
     shares = {"trained_bytes": trained, "base_bytes": _bytes(run.params)}
@@ -94,6 +98,17 @@ def _bytes(tree: object) -> int:
     import jax
 
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _commit() -> str:
+    """Of the source that runs, short; "" where it is no git checkout."""
+
+    def ask(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    changed = ask("status", "--porcelain", "--", ":/mor_jax", ":/experiments/benchmark")
+    return ask("rev-parse", "--short=7", "HEAD") + "+" * bool(changed)
 
 
 def table(rows: list[dict]) -> str:
@@ -109,10 +124,12 @@ def table(rows: list[dict]) -> str:
         "arguments",
         "estimated s",
         "roofs: compute, memory, network",
+        "MFU",
         "collectives, GiB a step",
         "whole stacks gathered",
         "share of the base",
         "compiler, s",
+        "commit",
     )
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     known = {(row["case"], row["method"]): row for row in rows}
@@ -120,7 +137,8 @@ def table(rows: list[dict]) -> str:
         for method in methods:
             ways = count / math.prod(map(int, topology.split(":")[1].split("x")))
             start = [model, topology, method, f"{ways:g}", remat]
-            cells = _cells(known[case, method]) if (case, method) in known else ["not yet run"] + [""] * 8
+            missing = ["not yet run"] + [""] * (len(heads) - len(start) - 1)
+            cells = _cells(known[case, method]) if (case, method) in known else missing
             lines.append("| " + " | ".join([*start, *cells]) + " |")
     return "\n".join(lines)
 
@@ -133,10 +151,12 @@ def _cells(row: dict) -> list[str]:
         f"{row['capacity_bytes'] / GIB:.0f}",
         f"{row['argument_bytes'] / GIB:.2f}",
         *(["-", "-"] if roofs[0] is None else [f"{max(roofs):.2f}", ", ".join(f"{roof:.2f}" for roof in roofs)]),
+        f"{row['mfu']:.0%}" if row.get("mfu") else "-",
         ", ".join(moved),
         ", ".join(row["gathered_stacks"]) or "none",
         f"{row['trained_bytes'] / row['base_bytes']:.2%}",
         f"{row['compile_cpu_seconds']:.0f}",
+        row.get("commit", ""),
     ]
 
 
@@ -152,7 +172,8 @@ def write(rows: list[dict]) -> None:
     numbers = ", ".join(f"{name} {version}" for name, version in versions.items())
     head = f"# Steps compiled for slices that are not there\n\n`{command}` on {machine}; {numbers}.\n\n{NOTE}\n"
     commands = "\n".join(f"    {row['command']}" for row in rows)
-    parts = [head, slice_targets.table(rows), table(rows), f"The same rows one by one:\n\n{commands}"]
+    older = [] if all(row.get("commit") for row in rows) else [OLDER]
+    parts = [head, *older, slice_targets.table(rows), table(rows), f"The same rows one by one:\n\n{commands}"]
     (RESULTS / "slices.md").write_text("\n\n".join(part.rstrip() for part in parts) + "\n")
 
 

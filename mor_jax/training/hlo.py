@@ -3,6 +3,12 @@
 XLA's own cost analysis counts a loop's body once, so a model that scans over its layers looks as cheap as one layer.
 Here floating-point operations are counted in the jaxpr, where a scan knows its length, and bytes and collectives in
 the partitioned program's text, where a loop's condition compares its counter with a constant.
+
+How far the bytes can be trusted: with each loop's body counted once they are XLA's own to 0.1 % on CPU, scanned or
+unrolled. A scanned layer really moves more than an unrolled one, since its kernels are copied out of their stacks and
+what the backward pass reads into others: 1.6 times in the test's small program, 1.05 times on a v5e with everything
+recomputed. There XLA's figure is no measure of HBM: of an unrolled layer's 7.1 GB only 2.0 are (MoR, width 2,048, 4,096
+tokens a chip), the rest being on-chip memory and buffers that pass through. Caches are unknown to either count.
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _NOT_MEMORY = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"}
 _NOT_MEMORY |= {"after-all", "partition-id", "replica-id", "iota", "broadcast", "reshape"}
+_NO_CALL = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast)"')  # a TPU's names for memory, not for work
 
 
 def count_flops(jaxpr: Any) -> float:
@@ -91,7 +98,7 @@ class Traffic:
       counts: how often each kind runs.
       largest: the largest output of each kind, bytes.
       channels: of the asynchronous collectives that are counted already.
-      gathered: sizes of the axes of each array that an all-gather or an all-reduce makes, sorted.
+      gathered: sizes of the axes of each array that an all-gather or an all-reduce makes, sorted, without those of 1.
     """
 
     memory: float = 0.0
@@ -273,7 +280,7 @@ def _add_collective(instruction: Instruction, kind: str, times: int, types: dict
     """A ring sends each device about what it ends up with; an all-reduce twice that."""
     if kind in ("all-gather", "all-reduce"):  # a TPU's compiler may gather by adding up parts filled up with zeros
         shapes = [shape.split(",") for _, shape in _ARRAY.findall(instruction.type)]
-        traffic.gathered |= {tuple(sorted(int(size) for size in shape if size)) for shape in shapes}
+        traffic.gathered |= {tuple(sorted(int(size) for size in shape if size not in ("", "1"))) for shape in shapes}
     given = sum(type_bytes(types.get(operand, "")) for operand in instruction.operands)
     made = type_bytes(instruction.type)
     made = made - given if instruction.operation.endswith("-start") else made
@@ -288,41 +295,99 @@ def _touched(computations: dict[str, list[Instruction]], instruction: Instructio
     operation = instruction.operation
     if operation in ("dynamic-slice", "slice", "gather"):
         return 2 * memory_bytes(instruction.type)
+    if operation.endswith("-start"):
+        return _touched_by_start(instruction)
+    if operation == "custom-call" and _NO_CALL.search(instruction.text):
+        return 0
     if operation in ("dynamic-update-slice", "scatter"):
         return 2 * memory_bytes(types.get(instruction.operands[1], "")) if len(instruction.operands) > 1 else 0
     if operation != "fusion":
         return memory_bytes(instruction.type) + sum(memory_bytes(types.get(name, "")) for name in instruction.operands)
     body = computations.get(_called(instruction, "calls"), [])
+    read = [_read_by_fusion(computations, body, n, types.get(name, "")) for n, name in enumerate(instruction.operands)]
     if any(inner.operation.removesuffix("-start") in COLLECTIVES for inner in body):
-        return _touched_beside_collective(instruction, types)
-    read = sum(_read_by_fusion(body, index, types.get(name, "")) for index, name in enumerate(instruction.operands))
-    return read + _written_by_fusion(body, instruction.type)
+        return _touched_beside_collective(instruction, types, read)
+    return sum(read) + _written_by_fusion(computations, body, instruction.type)
 
 
-def _touched_beside_collective(instruction: Instruction, types: dict[str, str]) -> int:
-    """Bytes of a fusion that also carries a collective on: its buffers pass through and are not touched here."""
+def _touched_by_start(instruction: Instruction) -> int:
+    """Bytes that an asynchronous operation moves; its type names the operands, then the results."""
+    if instruction.operation not in ("slice-start", "dynamic-slice-start"):
+        return memory_bytes(instruction.type)
+    source, part = _ARRAY_AND_LAYOUT.findall(instruction.type)[:2]
+    return memory_bytes(part) + (type_bytes(part) if memory_bytes(source) else 0)
+
+
+def _touched_beside_collective(instruction: Instruction, types: dict[str, str], read: list[int]) -> int:
+    """Bytes of a fusion that also carries a collective on: its buffers pass through and are not touched here.
+
+    Args:
+      instruction: the fusion.
+      types: of its operands.
+      read: bytes of each operand, were none of them passed on.
+    """
     made = _ARRAY_AND_LAYOUT.findall(instruction.type)
-    given = [array for name in instruction.operands for array in _ARRAY_AND_LAYOUT.findall(types.get(name, ""))]
-    for array in tuple(made):
-        if array in given:
+    total = 0
+    for name, size in zip(instruction.operands, read, strict=True):
+        array = next(iter(_ARRAY_AND_LAYOUT.findall(types.get(name, ""))), "")
+        if array in made:
             made.remove(array)
-            given.remove(array)
-    return sum(map(memory_bytes, made + given))
+        else:
+            total += size
+    return total + sum(map(memory_bytes, made))
 
 
-def _read_by_fusion(body: list[Instruction], index: int, operand_type: str) -> int:
-    name = next((i.name for i in body if i.operation == "parameter" and f"parameter({index})" in i.text), None)
-    users = [i for i in body if name in i.operands]
-    if users and all(user.operation == "dynamic-slice" for user in users):
-        return sum(memory_bytes(user.type) for user in users)
-    if users and all(user.operation == "dynamic-update-slice" and user.operands[0] == name for user in users):
-        return 0
-    return memory_bytes(operand_type)
+def _read_by_fusion(
+    computations: dict[str, list[Instruction]], body: list[Instruction], index: int, operand_type: str
+) -> int:
+    whole = memory_bytes(operand_type)
+    part = _part_read(computations, body, _parameter(body, index)) if whole else None
+    return whole if part is None else min(part, whole)
 
 
-def _written_by_fusion(body: list[Instruction], output_type: str) -> int:
-    updates = [i for i in body if i.operation == "dynamic-update-slice"]
-    if updates and body and (body[-1].operation in ("dynamic-update-slice", "bitcast", "tuple")):
-        types = {i.name: i.type for i in body}
-        return sum(memory_bytes(types.get(update.operands[1], "")) for update in updates)
-    return memory_bytes(output_type)
+def _parameter(body: list[Instruction], index: int) -> str:
+    """The name of a computation's parameter number `index`."""
+    return next((i.name for i in body if i.operation == "parameter" and f"parameter({index})" in i.text), "")
+
+
+def _part_read(computations: dict[str, list[Instruction]], body: list[Instruction], name: str) -> int | None:
+    """Bytes of a value's slices where it is only sliced or updated in place; None where all of it may be read."""
+    total = 0
+    users = [user for user in body if name in user.operands]
+    for user in users:
+        if user.operation in ("bitcast", "reshape"):
+            part = _part_read(computations, body, user.name)
+        elif user.operation == "fusion":
+            inner = computations.get(_called(user, "calls"), [])
+            given = [index for index, operand in enumerate(user.operands) if operand == name]
+            parts = [_part_read(computations, inner, _parameter(inner, index)) for index in given]
+            part = None if None in parts else sum(filter(None, parts))
+        elif name in user.operands[1:] or user.operation not in ("dynamic-slice", "slice", "dynamic-update-slice"):
+            part = None
+        else:
+            part = 0 if user.operation == "dynamic-update-slice" else type_bytes(user.type)
+        if part is None:
+            return None
+        total += part
+    return total if users else None
+
+
+def _written_by_fusion(computations: dict[str, list[Instruction]], body: list[Instruction], output_type: str) -> int:
+    """Bytes of a fusion's outputs; of one that is updated in place, those of the update."""
+    by_name = {instruction.name: instruction for instruction in body}
+    root = next((instruction for instruction in body if "ROOT " in instruction.text), None)
+    arrays = _ARRAY_AND_LAYOUT.findall(output_type)
+    if root is None or (root.operation == "tuple" and len(root.operands) != len(arrays)):
+        return memory_bytes(output_type)
+    total = 0
+    for name, array in zip(root.operands if root.operation == "tuple" else (root.name,), arrays, strict=False):
+        end = by_name.get(name)
+        while end is not None and end.operation == "bitcast":
+            end = by_name.get(end.operands[0])
+        if end is not None and end.operation == "dynamic-update-slice" and memory_bytes(array):
+            total += type_bytes(by_name[end.operands[1]].type)
+        elif end is not None and end.operation == "fusion":
+            total += _written_by_fusion(computations, computations.get(_called(end, "calls"), []), array)
+        else:
+            total += memory_bytes(array)
+    return total

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mor_jax.data import BATCH_FIELDS
 from mor_jax.injection import Adapted, AdapterPlan, resolve_sites
@@ -51,7 +52,7 @@ class Forecast:
       collectives: {kind: {"bytes": of one device, "count": ..., "largest": bytes of its largest output}}.
       estimated_seconds: by the roofline, whose three roofs follow; None where the chip's speed is not known.
       mfu: 4 N operations a token (forward, and backward to the activations) / peak / estimated_seconds.
-      gathered_stacks: stacked base parameters that some device holds whole at a time; there should be none.
+      gathered_stacks: stacked base parameters that some device holds whole, or its `tensor` part of; should be none.
       trainable_parameters: of the adapters.
       problem: the compiler's own words when it refused; "" otherwise.
     """
@@ -160,6 +161,11 @@ def plan_step(
 ) -> tuple[Step, tuple[Any, Any, Any], AdapterPlan]:
     """(the step of a run on `mesh`, its arguments as shapes, its adapter plan); arguments and errors of `lay_out`."""
     run = lay_out(config, shape, mesh)
+    return *_step_of(run, config), run.plan
+
+
+def _step_of(run: LaidOut, config: TrainConfig) -> tuple[Step, tuple[Any, Any, Any]]:
+    """(the step of a run that is laid out, its arguments as shapes)."""
     step = make_step(
         run.adapted,
         run.optimizer,
@@ -172,7 +178,7 @@ def plan_step(
         rules=run.rules,
     )
     rows = jax.ShapeDtypeStruct((config.batch_size, config.sequence_length), jnp.int32)
-    return step, (run.state, run.params, {name: rows for name in BATCH_FIELDS}), run.plan
+    return step, (run.state, run.params, {name: rows for name in BATCH_FIELDS})
 
 
 def forecast(config: TrainConfig, shape: DecoderConfig, topology: Topology) -> Forecast:
@@ -192,8 +198,8 @@ def forecast(config: TrainConfig, shape: DecoderConfig, topology: Topology) -> F
     fitted = for_backend(dataclasses.replace(shape, remat=config.remat), config, mesh)
     assert isinstance(fitted, DecoderConfig)  # as it came
     shape = fitted
-    step, arguments, plan = plan_step(config, shape, mesh)
-    state, params, batch = arguments
+    run = lay_out(config, shape, mesh)
+    step, (state, params, batch) = _step_of(run, config)
     traced = step.function.trace(state, params, step.constants, batch)
     common: dict[str, Any] = {
         "topology": topology.name,
@@ -202,14 +208,14 @@ def forecast(config: TrainConfig, shape: DecoderConfig, topology: Topology) -> F
         "accumulate": config.accumulate,
         "capacity_bytes": topology.capacity_bytes,
         "flops": count_flops(traced.jaxpr),
-        "trainable_parameters": plan.num_params(),
+        "trainable_parameters": run.plan.num_params(),
     }
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        return _refused(error, local_bytes(lay_out(config, shape, mesh).placed()), common)
+        return _refused(error, local_bytes(run.placed()), common)
     useful = 4.0 * _matrix_size(shape) * config.batch_size * config.sequence_length
-    return _accepted(compiled, params, topology, useful, common)
+    return _accepted(compiled, run.placed()[0], topology, useful, common)
 
 
 def _refused(error: Exception, argument_bytes: int, common: dict[str, Any]) -> Forecast:
@@ -244,7 +250,7 @@ def _accepted(compiled: Any, params: Any, topology: Topology, useful: float, com
             kind: {"bytes": size, "count": traffic.counts[kind], "largest": traffic.largest[kind]}
             for kind, size in traffic.collectives.items()
         },
-        gathered_stacks=_gathered_stacks(params, traffic),
+        gathered_stacks=gathered_stacks(params, traffic),
         **roofline(common["flops"], traffic, len(topology.devices), topology.chip, useful),
     )
 
@@ -269,12 +275,29 @@ def roofline(flops: float, traffic: Traffic, devices: int, chip: Chip | None, us
     }
 
 
-def _gathered_stacks(params: Any, traffic: Traffic) -> tuple[str, ...]:
-    """Names of the parameters of several layers whose whole shape an all-gather makes."""
+def gathered_stacks(params: Any, traffic: Traffic) -> tuple[str, ...]:
+    """Names of the parameters of several layers that a collective makes whole, or whole but for `tensor`.
+
+    Args:
+      params: shapes of the base that know where they lie.
+      traffic: of the program.
+    """
     leaves = jax.tree.leaves_with_path(params)
     stacks = [(path, leaf) for path, leaf in leaves if leaf.ndim >= 3 and leaf.shape[0] > 1]
-    whole = [path for path, leaf in stacks if tuple(sorted(leaf.shape)) in traffic.gathered]
+    whole = [path for path, leaf in stacks if _gathered_shapes(leaf) & traffic.gathered]
     return tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path in whole)
+
+
+def _gathered_shapes(leaf: Any) -> set[tuple[int, ...]]:
+    """What `Traffic.gathered` has of a parameter that is gathered over all mesh axes, or over all but `tensor`.
+
+    Nothing that a device holds anyway.
+    """
+    mesh, spec = leaf.sharding.mesh, leaf.sharding.spec
+    parts = (part if isinstance(part, tuple) else (part,) for part in spec)
+    inner = PartitionSpec(*("tensor" if "tensor" in part else None for part in parts))
+    shapes = {leaf.shape, NamedSharding(mesh, inner).shard_shape(leaf.shape)} - {leaf.sharding.shard_shape(leaf.shape)}
+    return {tuple(sorted(size for size in shape if size > 1)) for shape in shapes}
 
 
 def _matrix_size(shape: DecoderConfig) -> int:

@@ -254,4 +254,8 @@ def test_slices_are_judged_by_their_rows_and_missing_ones_are_not_yet_run():
     rows = slices.table([mor]).splitlines()
     assert rows[2].startswith("| Llama-3.1-8B | v5e:4x4 | mor | 3 | full | 13.50 | 16 | 1.00 | 2.00 |")
     assert {line.count("|") for line in rows} == {rows[0].count("|")}
+    assert "| - |" in rows[2]  # a row of before MFU and commit were written down
+    assert rows[2].endswith("| 60 |  |")
+    assert "| 57% |" in (later := slices.table([mor | {"mfu": 0.5676, "commit": "abc1234"}]).splitlines()[2])
+    assert later.endswith("| 60 | abc1234 |")
     assert sum("not yet run" in line for line in rows) == sum(len(case.methods) for case in slices.CASES.values()) - 1

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import math
 import os
 import re
 import subprocess
@@ -13,17 +12,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tiny_runs
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mor_jax.adapters import Leaves
 from mor_jax.injection import get_path
 from mor_jax.merging import merge
-from mor_jax.models import ModelFileError, abstract_params, known_config
-from mor_jax.models.presets import PRESETS
 from mor_jax.optim import plan_rules
 from mor_jax.training.build import base_config, build_run
-from mor_jax.training.hlo import Traffic
-from mor_jax.training.mesh import make_mesh, put_batch
-from mor_jax.training.plan import Forecast, advice, forecast, needed_bytes, plan_step, roofline
+from mor_jax.training.hlo import Traffic, measure_traffic
+from mor_jax.training.mesh import batch_sharding, make_mesh, put_batch
+from mor_jax.training.plan import Forecast, advice, forecast, gathered_stacks, needed_bytes, plan_step, roofline
 from mor_jax.training.plan_merge import forecast_merge
 from mor_jax.training.plan_search import REMATS
 from mor_jax.training.step import init_state, make_step
@@ -119,6 +117,31 @@ def test_adapters_send_factors_and_gradients_but_no_activations(run):
     factors = {str(size) for leaf in jax.tree.leaves(state.adapters) for size in leaf.shape}
     gathered = [_axes(shape) for shape, kind, rest in found if kind == "all-gather" and "_proj" in rest]
     assert [axes for axes in gathered if min(map(int, axes)) <= 2 * 3 and axes & factors]  # the sharded factors
+
+
+@pytest.mark.parametrize(
+    ("description", "gathered"),
+    [("fsdp=8", (None, None)), ("fsdp=4,tensor=2", (None, "tensor")), ("fsdp=4,tensor=2", (None, None))],
+)
+def test_a_stack_that_a_program_gathers_before_its_loop_is_named(description, gathered):
+    mesh = make_mesh(description)
+    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, "fsdp", "tensor"), (None, *gathered)))
+    stack = jax.ShapeDtypeStruct((3, 64, 32), jnp.float32, sharding=split)
+    x = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=batch_sharding(mesh))
+
+    def found(before, inside):
+        def function(stack, x):
+            def layer(x, kernel):
+                return x + (x @ jax.lax.with_sharding_constraint(kernel, inside)).sum(-1, keepdims=True), None
+
+            return jax.lax.scan(layer, x, jax.lax.with_sharding_constraint(stack, before))[0]
+
+        text = jax.jit(function, out_shardings=x.sharding).lower(stack, x).compile().as_text()
+        return gathered_stacks({"mlp": {"kernel": stack}}, measure_traffic(text))
+
+    layer = NamedSharding(mesh, PartitionSpec(*gathered))
+    assert found(whole, layer) == ("mlp/kernel",)
+    assert found(split, layer) == ()  # one layer at a time
 
 
 def _axes(shape):
@@ -222,32 +245,6 @@ def test_other_errors_of_the_compiler_are_not_hidden(run, monkeypatch):
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         forecast(run.config, base_config(run.config), topology)
     assert needed_bytes("out of memory", 7) == 7
-
-
-# Parameters of the checkpoints on the Hugging Face hub.
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    [
-        ("Llama-3.2-1B", 1_235_814_400),
-        ("meta-llama/Llama-3.1-8B", 8_030_261_248),
-        ("llama-3.1-70b", 70_553_706_496),
-        ("llama-3.1-405b", 405_853_388_800),
-        ("Mistral-7B", 7_248_023_552),
-        ("Qwen3-8B", 8_190_735_360),
-        ("Qwen3-32B", 32_762_123_264),
-        ("gemma-3-1b", 999_885_952),
-    ],
-)
-def test_known_names_have_the_published_sizes(name, parameters):
-    leaves = jax.tree.leaves(abstract_params(known_config(name)))
-    assert sum(math.prod(leaf.shape) for leaf in leaves) == parameters
-
-
-def test_an_unknown_name_lists_the_known_ones_and_the_nearest(tmp_path):
-    with pytest.raises(ModelFileError, match=r"known are llama-3.2-1b, .*did you mean llama-3.1-8b\?"):
-        known_config("Llama-3.1-8")
-    (tmp_path / "config.json").write_text(json.dumps(PRESETS["qwen3-0.6b"]))
-    assert known_config(tmp_path / "config.json") == known_config(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["v5e", "v9:4x4", "v5e:4x", "cpu:0", "cpu:-1", ""])
