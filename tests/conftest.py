@@ -51,12 +51,26 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """A third less time where each program is compiled for a few calls, and nothing is about speed."""
+    """Half the time where each program is compiled for a few calls, and nothing is about speed.
+
+    Neither optimisations of the machine code nor XLA's newer emitters of it. These are left out here alone: with the
+    optimisations, the older ones take several times as long for some programs.
+    """
     import jax  # not above: the backend must not start before the flags are read
+    from jax._src import compiler  # nothing public sets an option of XLA for all programs but XLA_FLAGS, and for good
+
+    plain = compiler.get_compile_options
+
+    def with_older_emitters(*args, **kwargs):
+        options = plain(*args, **kwargs)
+        options.env_option_overrides = [*options.env_option_overrides, ("xla_cpu_use_fusion_emitters", False)]
+        return options
 
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", with_older_emitters)
+        yield
     jax.config.update("jax_disable_most_optimizations", before)
 
 

@@ -16,7 +16,7 @@ from mor_jax.optim import EventRule, UpdateRule
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.oracle
+pytestmark = [pytest.mark.oracle, pytest.mark.usefixtures("quick_compilation")]
 
 STEPS, START, FINAL, INTERVAL = 24, 3, 6, 2
 ADAPTER = make_adapter("adalora", rank=2, initial_rank=4, alpha=6.0, interval=INTERVAL)

@@ -10,6 +10,8 @@ from mor_jax.adapters import Leaves, make_adapter
 from mor_jax.adapters.alora import ReallocateRanks, ablation_scores, reallocate
 from mor_jax.adapters.rules import EventCall
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KEY = jax.random.key(0)
 ORACLE = one_layer.oracle("alora")
 

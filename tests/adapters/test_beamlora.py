@@ -10,6 +10,8 @@ from mor_jax.adapters import Leaves, make_adapter
 from mor_jax.adapters.beamlora import ExpandStrong, pair_ranks, pruned_counts
 from mor_jax.adapters.rules import EventCall
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KEY = jax.random.key(0)
 ORACLE = one_layer.oracle("beamlora")
 EVENT = ExpandStrong(interval=6, total_steps=60, rank=6, temperature=0.5, first_share=0.9, end=40.0)

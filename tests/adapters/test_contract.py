@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from mor_jax.adapters import METHODS, Kernel, NotMergeable
 from mor_jax.adapters.base import Adapter
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KEY = jax.random.key(0)
 BLOCK = 6  # features of a block's input
 # From the methods' papers and descriptions: everything else must merge, and must start at zero.

@@ -9,6 +9,8 @@ from jax.extend.core import jaxprs_in_params
 
 from mor_jax.adapters import DoRA
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KEY = jax.random.key(0)
 ADAPTER = DoRA(rank=3, alpha=4.0)
 

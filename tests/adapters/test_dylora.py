@@ -9,6 +9,8 @@ import pytest
 from mor_jax.adapters import AdapterInputs, LoRA, make_adapter
 from mor_jax.adapters.dylora import DrawnRanksOnly
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KEY = jax.random.key(0)
 ADAPTER = make_adapter("dylora", rank=5, alpha=6.0)
 KERNEL = one_layer.kernel_of(KEY, 7, 6)

@@ -11,6 +11,8 @@ import pytest
 from mor_jax.adapters import AdapterInputs, HaLoRA, Kernel, LoRA, NotMergeable, Site
 from mor_jax.adapters.halora import tile_max
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KEY = jax.random.key(0)
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from mor_jax.adapters import LoRA, RsLoRA
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KEY = jax.random.key(0)
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from mor_jax.adapters import AdapterInputs, Leaves, LoRA, MoR, NotMergeable
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KEY = jax.random.key(0)
 
 

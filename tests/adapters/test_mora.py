@@ -10,6 +10,8 @@ import pytest
 
 from mor_jax.adapters import Kernel, MoRA, Site
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KEY = jax.random.key(0)
 TYPES = ("sharing", "contiguous", "contiguous_tiled", "sharing_repeated", "rotation")
 

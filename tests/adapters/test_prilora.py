@@ -10,6 +10,8 @@ from mor_jax.adapters import AdapterInputs, Kernel, Leaves, Site, make_adapter
 from mor_jax.adapters.prilora import PruneFactors
 from mor_jax.adapters.rules import EventCall
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KEY = jax.random.key(0)
 ORACLE = one_layer.oracle("prilora")
 

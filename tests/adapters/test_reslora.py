@@ -8,6 +8,8 @@ import pytest
 
 from mor_jax.adapters import AdapterInputs, Kernel, LoRA, NotMergeable, ResLoRA
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KEY = jax.random.key(0)
 LAYERS, IN, OUT = 4, 7, 5
 

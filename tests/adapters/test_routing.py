@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from mor_jax.adapters import AdapterInputs
 from mor_jax.adapters.routing import gate_statistics, softmax_gates, switch_balance
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KEY = jax.random.key(0)
 
 

@@ -10,6 +10,8 @@ from safetensors.numpy import load_file
 
 from mor_jax.cli.main import main
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def run_json(capsys, *words, code=0):
     found = main([*words, "--json"])

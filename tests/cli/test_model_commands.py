@@ -8,6 +8,8 @@ import tiny_llama as tiny
 
 from mor_jax.cli.main import main
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def run_json(capsys, *words):
     code = main([*words, "--json"])

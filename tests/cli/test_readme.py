@@ -47,7 +47,9 @@ def test_what_is_not_built_is_named():
     assert all(f"`{name}`" in limits or f"`mor {name}`" in limits for name in NOT_BUILT)
 
 
-@pytest.mark.parametrize(("mark", "ending"), [("demo", "mor demo --output-dir mor_demo"), ("tests", "pytest -q -n 2")])
+@pytest.mark.parametrize(
+    ("mark", "ending"), [("demo", "mor demo --output-dir mor_demo"), ("tests", "pytest -q -n 2 --dist worksteal")]
+)
 def test_the_two_commands_are_where_ci_looks(mark, ending):
     (command,) = re.findall(rf"<!-- {mark} -->\n```bash\n(.*?)\n```", README, re.S)
     assert "\n" not in command

@@ -10,6 +10,8 @@ import tiny_llama as tiny
 
 from mor_jax.cli.main import main
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def lora_run(tmp_path_factory, model_dir):

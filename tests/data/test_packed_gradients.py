@@ -8,6 +8,8 @@ import pytest
 from mor_jax.data import DataSource, load_examples, make_iterator, make_plan
 from mor_jax.models import Decoder, DecoderConfig
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROW = 20
 MODES = ("best_fit", "padded")
 

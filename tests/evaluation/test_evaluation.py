@@ -14,6 +14,8 @@ from mor_jax.evaluation import (
     perplexity,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 VOCAB = 11
 TABLE = np.random.default_rng(0).normal(size=(VOCAB, VOCAB)) * 2
 LOG_PROBS = TABLE - np.log(np.exp(TABLE).sum(-1, keepdims=True))

@@ -28,6 +28,8 @@ from mor_jax.merging import as_lora, merge
 from mor_jax.models import Decoder, DecoderConfig, ModelFileError, load_params
 from mor_jax.training.integrity import verify_manifest
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TOLERANCE = 1e-4
 CONFIG = DecoderConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2)
 EXAMPLE = jax.ShapeDtypeStruct((1, 8), jnp.int32)

@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from foreign_models import GEMMA_MISSING, MODELS
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 RANK, ALPHA = 3, 6.0
 METHODS = {
     "lora": make_adapter("lora", rank=RANK, alpha=ALPHA),

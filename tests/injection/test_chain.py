@@ -14,6 +14,8 @@ from mor_jax.merging import earlier_shares, measure_fidelity, merge, merge_route
 from mor_jax.models import Decoder, DecoderConfig
 from tests.merging.models import Stack, random_leaves
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LAYERS = 3
 CONFIG = DecoderConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=LAYERS, num_heads=2)
 IDS = np.random.default_rng(0).integers(0, 32, (2, 6)).astype(np.int32)

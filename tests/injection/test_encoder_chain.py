@@ -14,6 +14,8 @@ from mor_jax.models import Encoder, EncoderConfig
 from tests.merging.models import random_leaves
 from tests.oracles.numpy_reslora import changes
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LAYERS = 3
 CONFIG = EncoderConfig(
     vocab_size=32,

@@ -13,6 +13,8 @@ from linen_models import CASES, LAYERS, Siamese, Stack, example
 from mor_jax.adapters import AdapterInputs, LoRA
 from mor_jax.injection import Adapted, InjectionError, init_leaves, resolve_sites
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LORA = LoRA(rank=2, alpha=3.0)
 
 

@@ -12,6 +12,8 @@ from linen_models import LAYERS, Stack, example
 from mor_jax.adapters import AdapterInputs, MoR
 from mor_jax.injection import Adapted, init_leaves, init_probes, resolve_sites
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EXPERTS, TASKS = 4, 3
 NAMES = ("query", "key", "out")
 SEGMENTS = jnp.array([[1, 1, 1, 2, 2], [1, 1, 1, 0, 0], [1, 2, 0, 0, 0], [1, 1, 1, 1, 0]])

@@ -25,6 +25,8 @@ from mor_jax.merging import (
 )
 from tests.merging.models import CLASSES, INNER, LAYERS, WIDTH, batches, call, make, random_leaves, unrolled
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 METHOD = MoR(rank=3, num_experts=4, alpha=3)
 
 

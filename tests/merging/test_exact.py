@@ -13,6 +13,8 @@ from mor_jax.injection import Adapted, resolve_sites
 from mor_jax.merging import merge
 from tests.merging.models import LAYERS, WIDTH, Stack, batches, call, make, random_leaves
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Scales near 1: with alpha 16 the random factors drive tanh's argument to 170, where float32 itself is off by 1e-5.
 METHODS = [
     LoRA(rank=3, alpha=3),

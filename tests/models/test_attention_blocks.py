@@ -11,6 +11,8 @@ import pytest
 from mor_jax.models import Decoder, DecoderConfig
 from mor_jax.models.attention import Tokens, attend, attend_in_blocks, visible
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LENGTH = 11
 SEGMENTS = np.array([[1] * 4 + [2] * 6 + [0], [1] * 11])
 POSITIONS = np.array([[*range(4), *range(6), 0], [*range(11)]])

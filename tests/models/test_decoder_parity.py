@@ -8,7 +8,7 @@ from mor_jax.models import Decoder
 from tests.models.continuations import continue_prompts
 
 pytest.importorskip("torch")
-pytestmark = pytest.mark.oracle
+pytestmark = [pytest.mark.oracle, pytest.mark.usefixtures("quick_compilation")]
 
 ROWS, LENGTH = 3, 40  # longer than every window (4, 5) and every original context (8, 32) of the families
 TOLERANCE = 1e-4

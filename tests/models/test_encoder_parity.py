@@ -23,7 +23,7 @@ from mor_jax.models import (
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.oracle
+pytestmark = [pytest.mark.oracle, pytest.mark.usefixtures("quick_compilation")]
 
 VOCAB, ROWS, LENGTH = 47, 3, 14
 SIZES = {

@@ -17,6 +17,8 @@ from mor_jax.training.config import ConfigError, TrainConfig
 from mor_jax.training.mesh import make_mesh, replicated
 from mor_jax.training.sharding import on_mesh
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LENGTH, HEADS, KV_HEADS, HEAD_DIM = 256, 2, 1, 8
 SEGMENTS = np.repeat([1, 2, 3, 0], [90, 60, 86, 20])[None]  # borders within blocks, padding at the end
 SEEN = (SEGMENTS > 0)[..., None, None]  # what padding attends to is nobody's concern

@@ -21,6 +21,8 @@ from mor_jax.models import (
 from mor_jax.models import generation as generation_file
 from tests.models.continuations import continue_prompts
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CONFIG = DecoderConfig(
     vocab_size=41,
     hidden_size=16,

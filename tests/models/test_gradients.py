@@ -14,7 +14,7 @@ from mor_jax.models import Decoder, abstract_params, head_kernel, load_params
 from mor_jax.training.step import language_model_loss
 
 torch = pytest.importorskip("torch")
-pytestmark = pytest.mark.oracle
+pytestmark = [pytest.mark.oracle, pytest.mark.usefixtures("quick_compilation")]
 
 IDS = np.random.default_rng(1).integers(0, VOCAB, (2, 12))
 

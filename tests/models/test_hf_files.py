@@ -15,6 +15,8 @@ from safetensors.numpy import load_file, save_file
 from mor_jax.models import DecoderConfig, ModelFileError, abstract_params, config_to_hf, load_params, save_params
 from mor_jax.models import hf as hf_file
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CONFIG = DecoderConfig(
     vocab_size=40, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=4, num_kv_heads=2, qkv_bias=True,
     model_type="qwen2",

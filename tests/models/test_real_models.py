@@ -10,6 +10,8 @@ import pytest
 from mor_jax.models import Decoder, load_params, read_config
 from tests.models.continuations import continue_prompts
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def loaded(real_model):

@@ -13,6 +13,8 @@ from small_plan import SINGLE, STACKED
 from mor_jax.adapters import Leaves
 from mor_jax.optim import plan_rules
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 STEPS = 24
 # Method -> (its options, steps on which its event is due in a run of STEPS, leaves that it may write).
 CASES = {

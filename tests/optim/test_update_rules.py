@@ -12,6 +12,8 @@ from mor_jax.adapters.adalora import Sensitivity
 from mor_jax.adapters.dylora import DrawnRanksOnly
 from mor_jax.optim import LearningRates, UpdateRule, mean_penalty, plan_rules
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 RULES = {
     "frozen": UpdateRule(DrawnRanksOnly()),
     "prefix": UpdateRule(DrawnRanksOnly(prefix=True)),

@@ -7,7 +7,7 @@ import pytest
 
 from mor_jax.adapters import AdapterInputs, DoRA, Kernel, Leaves, LoRA, RsLoRA, Site
 
-pytestmark = pytest.mark.oracle
+pytestmark = [pytest.mark.oracle, pytest.mark.usefixtures("quick_compilation")]
 torch = pytest.importorskip("torch", reason="torch is not installed; it is in the extra 'oracle'")
 peft = pytest.importorskip("peft", reason="peft is not installed; it is in the extra 'oracle'")
 

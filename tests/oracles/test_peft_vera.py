@@ -12,7 +12,7 @@ from mor_jax.merging import merge
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.oracle
+pytestmark = [pytest.mark.oracle, pytest.mark.usefixtures("quick_compilation")]
 
 SIZES = {"up": (6, 14), "down": (14, 10), "out": (10, 5)}  # no site has both the largest in and the largest out
 TOLERANCE = 1e-5  # float32

@@ -14,6 +14,8 @@ from mor_jax.models import Decoder, DecoderConfig
 from mor_jax.training.adapter_file import AdapterFileError, constants_sha256, load_adapter, save_adapter
 from mor_jax.training.integrity import write_manifest
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CONFIG = DecoderConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2)
 IDS = jnp.zeros((1, 4), jnp.int32)
 

@@ -8,6 +8,8 @@ from mor_jax.training.checkpoint import CheckpointError, Checkpoints, fingerprin
 from mor_jax.training.integrity import IntegrityError
 from mor_jax.training.mesh import make_mesh
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def _items(seed, sharding=None):
     rng = np.random.default_rng(seed)

@@ -12,6 +12,8 @@ from mor_jax.training.distillation import distill, distillation_loss
 from mor_jax.training.step import NonFiniteError
 from tests.merging.models import Stack, batches, call, make, random_leaves
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 METHOD = MoR(rank=3, num_experts=4, alpha=3)
 RANK = 3
 TRAIN, UNSEEN = batches(6), batches(3, seed=9)

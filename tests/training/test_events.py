@@ -22,6 +22,8 @@ from mor_jax.training.mesh import make_mesh, put_batch
 from mor_jax.training.sharding import param_specs, shardings_of
 from mor_jax.training.step import init_state
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @dataclass(frozen=True)
 class Ask(Event):

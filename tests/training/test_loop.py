@@ -24,6 +24,8 @@ from mor_jax.training.integrity import IntegrityError, verify_manifest
 from mor_jax.training.losses import cross_entropy
 from mor_jax.training.step import NonFiniteError
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # one device: the compiled step is the cheapest
 SMALL = {"mesh": "data=1", "steps": 8}
 

@@ -10,6 +10,8 @@ import pytest
 from mor_jax.training.config import ConfigError, TrainConfig
 from mor_jax.training.optimizer import decay_mask, make_optimizer, make_schedule, optimizer_bytes
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PARAMS = {"layers/q_proj": {"a": jnp.ones((2, 5, 3)), "m": jnp.ones((2, 5))}, "head": {"kernel": jnp.ones((5, 3))}}
 
 

@@ -17,6 +17,8 @@ from mor_jax.training.config import ConfigError, config_to_mapping
 from mor_jax.training.run_folder import check_same_run
 from mor_jax.training.step import init_state, make_step
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):

@@ -58,7 +58,9 @@ def _run(method, layout=None):
     batch = tiny.packed_batch()
     batch = batch if layout is None else put_batch(batch, mesh)
     state = jax.tree.map(jnp.copy, state)  # it is donated
-    quick = {"xla_backend_optimization_level": 0}  # most of this file's time is compiling
+    # most of this file's time is compiling
+    quick = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    quick |= {"xla_llvm_disable_expensive_passes": True}
     state, metrics = step.lower(state, params, batch).compile(quick)(state, params, constants, batch)
     statistics = (metrics["statistics"], state.rule_state)
     return jax.device_get((state.adapters, metrics["loss"], statistics)), params

@@ -10,6 +10,8 @@ import tiny_training as tiny
 from mor_jax.training.mesh import make_mesh
 from mor_jax.training.sharding import param_specs
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SGD = optax.sgd(1.0)  # the new adapters show the gradient
 CLIPPED = optax.chain(optax.clip_by_global_norm(1.0), SGD)
 
