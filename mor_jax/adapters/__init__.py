@@ -2,7 +2,7 @@
 
 from mor_jax.adapters.adalora import AdaLoRA
 from mor_jax.adapters.alora import ALoRA
-from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, NotMergeable, Site, site_id
+from mor_jax.adapters.base import GATED_PRODUCT, Adapter, AdapterInputs, Kernel, Leaves, NotMergeable, Site, site_id
 from mor_jax.adapters.beamlora import BeamLoRA
 from mor_jax.adapters.dora import DoRA
 from mor_jax.adapters.dylora import DyLoRA
@@ -18,6 +18,7 @@ from mor_jax.adapters.reslora import ResLoRA
 from mor_jax.adapters.vera import VeRA
 
 __all__ = [
+    "GATED_PRODUCT",
     "ALoRA",
     "AdaLoRA",
     "Adapter",

@@ -19,6 +19,8 @@ from jax import Array
 if TYPE_CHECKING:
     from mor_jax.adapters.rules import Event, UpdateTransform
 
+GATED_PRODUCT = "gated_product"  # the name of a thin product that decides a gate and that recomputation may spare
+
 
 class NotMergeable(ValueError):
     """A method has no exact merge for what was asked; the message names what to do instead."""

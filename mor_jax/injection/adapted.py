@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
-from mor_jax.adapters import Adapter, AdapterInputs, Kernel, Leaves, site_id
+from mor_jax.adapters import GATED_PRODUCT, Adapter, AdapterInputs, Kernel, Leaves, site_id
 from mor_jax.injection.chain import carried_chain, initial_chain, replace_chain
 from mor_jax.injection.leaves import RESERVED, init_leaves, join, prepare_leaves, site_leaves, with_shared
 from mor_jax.injection.linear import Contraction, LinearKind, find_kind
@@ -124,7 +125,8 @@ class _Call:
             return x
         siblings = _siblings(adapted, module)
         if not siblings:
-            return jnp.matmul(x, factor.astype(x.dtype), preferred_element_type=jnp.float32)
+            product = jnp.matmul(x, factor.astype(x.dtype), preferred_element_type=jnp.float32)
+            return checkpoint_name(product, GATED_PRODUCT) if _worth_keeping(adapted) else product
         kept = self.shared.get(adapted.group)
         # A transformation that traces its body twice may hand in the same x, but never the same parent.
         if kept is not None and kept[0] is x and kept[1] is module.parent and adapted.site.path in kept[2]:
@@ -235,6 +237,16 @@ def _bias(module: nn.Module, kind: LinearKind, contraction: Contraction, output:
         return jnp.zeros((), output.dtype)
     bias = meta.unbox(module.get_variable("params", kind.bias_leaf)).astype(output.dtype)
     return contraction.place_bias(bias, output.ndim)
+
+
+def _worth_keeping(adapted: AdaptedSite) -> bool:
+    """Whether the backward pass should keep the site's thin product, which decides a gate, rather than a wide x.
+
+    The cotangent of such an x depends on the gate. Computed again, the gate waits for x, and a device of a sharded run
+    holds the kernels that make x (an MLP's gate and up) while it gathers this site's (down).
+    """
+    wide = adapted.site.in_features > adapted.site.out_features
+    return wide and adapted.adapter.routed and adapted.gate_path is None
 
 
 def _with_key(inputs: AdapterInputs, key: Array) -> AdapterInputs:

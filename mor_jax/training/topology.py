@@ -30,6 +30,7 @@ class Chip:
       link_bandwidth: interconnect bytes a second out of one JAX device, over all its links.
       accelerator: pattern of the accelerator type that the compiler asks for; `{chips}` or `{cores}` is filled in.
       devices_per_chip: JAX devices of a chip.
+      torus: slices whose axes are all multiples of 4 are tori: each axis has links from its end to its start.
     """
 
     capacity_bytes: int
@@ -38,6 +39,7 @@ class Chip:
     link_bandwidth: float
     accelerator: str
     devices_per_chip: int = 1
+    torus: bool = False
 
 
 _DEVICE_COUNT = "xla_force_host_platform_device_count"
@@ -45,10 +47,13 @@ _GIB = 2**30
 CHIPS = {
     "v4": Chip(32 * _GIB, 275e12, 1.228e12, 300e9, "v4-{cores}"),
     "v5e": Chip(16 * _GIB, 197e12, 0.819e12, 200e9, "v5litepod-{chips}"),
-    "v5p": Chip(95 * _GIB, 459e12, 2.765e12, 600e9, "v5p-{cores}"),
+    "v5p": Chip(95 * _GIB, 459e12, 2.765e12, 600e9, "v5p-{cores}", torus=True),
     "v6e": Chip(32 * _GIB, 918e12, 1.640e12, 448e9, "v6e-{chips}"),
     "tpu7x": Chip(96 * _GIB, 1153e12, 3.690e12, 600e9, "tpu7x-{cores}", devices_per_chip=2),
 }
+
+
+_CUBE = 4  # chips along each axis of the cubes that tori are made of
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,15 @@ def prepare_environment(name: str) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
+def wrap_options(kind: str, sizes: tuple[int, ...]) -> dict[str, list[int]]:
+    """What tells the compiler that a slice is a torus; {} for a mesh, which is what it takes every slice for.
+
+    On a mesh in three dimensions it has no all-gather over all chips: it adds up whole arrays that are zero but for
+    each chip's part, which sends twice the bytes and holds every gathered kernel twice.
+    """
+    return {"wrap": [1] * len(sizes)} if CHIPS[kind].torus and all(size % _CUBE == 0 for size in sizes) else {}
+
+
 def load_topology(name: str) -> Topology:
     """The slice called `name`.
 
@@ -130,7 +144,7 @@ def load_topology(name: str) -> Topology:
             )
         return Topology(name, tuple(devices[:count]), None)
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **wrap_options(kind, sizes))
     except Exception as error:  # the plugin raises errors of many kinds for a missing library and for a wrong shape
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TopologyError(

@@ -1,5 +1,6 @@
 """What an adapted model compiles to and keeps in memory."""
 
+import dataclasses
 import re
 
 import jax
@@ -12,6 +13,7 @@ from linen_models import CASES, INNER, WIDTH, Heads, Stack, example
 
 from mor_jax.adapters import DoRA, LoRA, MoR
 from mor_jax.injection import Adapted, adapter_specs, count_bytes, init_leaves, resolve_sites
+from mor_jax.models import Decoder, DecoderConfig, abstract_params
 
 METHODS = {
     "lora": LoRA(rank=3),
@@ -144,3 +146,21 @@ def test_factors_of_kernels_with_several_axes_stay_whole():
     params, plan, _, _ = adapted(CASES["heads"].model, METHODS["lora"], ("query",))
     specs = jax.tree.map(lambda v: PartitionSpec("fsdp", "tensor"), params)
     assert adapter_specs(plan, specs)["query"] == {"a": PartitionSpec("fsdp", None), "b": PartitionSpec(None, None)}
+
+
+@pytest.mark.parametrize("scope", ["site", "block"])
+def test_full_remat_keeps_only_the_thin_product_of_a_widest_gate(scope):
+    """Gates of the MLP's last map read (2, 4, 24) and decide by (2, 4, 3 + 5); a block's gate reads its input."""
+    config = DecoderConfig(vocab_size=16, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4)
+    ids = jnp.arange(8).reshape(2, 4)
+    params = abstract_params(config)
+    plan = resolve_sites(Decoder(config), MoR(rank=3, num_experts=5, scope=scope), "all-linear", ids)
+    leaves = jax.eval_shape(lambda params: init_leaves(jax.random.key(1), plan, params).params, params)
+    model = Adapted(Decoder(dataclasses.replace(config, remat="full")), plan)
+
+    def backward(leaves, params):
+        return jax.vjp(lambda leaves: model.apply({"params": params, "adapters": leaves}, ids), leaves)[1]
+
+    kept = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(backward, leaves, params))]
+    activations = sorted(shape for shape in kept if shape[:3] == (2, 2, 4))  # of two layers
+    assert activations == [(2, 2, 4, 8), (2, 2, 4, 16)][scope == "block" :]

@@ -25,7 +25,15 @@ from mor_jax.training.plan import Forecast, advice, forecast, gathered_stacks, n
 from mor_jax.training.plan_merge import forecast_merge
 from mor_jax.training.plan_search import REMATS
 from mor_jax.training.step import init_state, make_step
-from mor_jax.training.topology import CHIPS, Topology, TopologyError, load_topology, parse_topology, prepare_environment
+from mor_jax.training.topology import (
+    CHIPS,
+    Topology,
+    TopologyError,
+    load_topology,
+    parse_topology,
+    prepare_environment,
+    wrap_options,
+)
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +270,11 @@ def test_the_environment_is_set_before_jax_reads_it(monkeypatch):
     assert os.environ["JAX_PLATFORMS"] == "cpu"
     with pytest.raises(TopologyError, match=r"8 CPU devices; start it with XLA_FLAGS=.*=16"):
         load_topology("cpu:16")
+
+
+@pytest.mark.parametrize(("name", "wraps"), [("v5p:4x4x8", True), ("v5p:2x4x4", False), ("v5e:16x16", False)])
+def test_the_compiler_is_told_of_a_torus(name, wraps):
+    assert wrap_options(*parse_topology(name)) == ({"wrap": [1, 1, 1]} if wraps else {})
 
 
 def _tpu_plan(folder, layers, *words):
