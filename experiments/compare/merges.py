@@ -190,7 +190,8 @@ def latency(subject: Subject, rank: int) -> dict[str, float]:
     }
     never = (-1,)  # all tokens are generated
     ready = {name: one.generate_fn(never, 0, max_new_tokens=NEW_TOKENS) for name, one in structures.items()}
-    prompts = np.random.default_rng(0).integers(0, live.config.vocab_size, (PROMPTS, PROMPT_LENGTH)).astype(np.int32)
+    size = live.padded_rows(PROMPTS), PROMPT_LENGTH
+    prompts = np.random.default_rng(0).integers(0, live.config.vocab_size, size).astype(np.int32)
     seconds: dict[str, list[float]] = {name: [] for name in ready}
     for repeat in range(REPEATS + 1):
         for name, generate in ready.items():

@@ -100,7 +100,7 @@ def written_accuracy(live: LiveModel, rows: Sequence[tasks.Row], tokenizer: Any)
     questions = [generation_question(dict(row), tokenizer, "row") for row in rows]
     run = live.generate_fn(ends, ends[0], max_new_tokens=8)
     decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
-    found, _ = exact_match(run, questions, decode, eos_ids=ends, batch_size=live.rows(ROWS), pad_id=ends[0])
+    found, _ = exact_match(run, questions, decode, eos_ids=ends, batch_size=live.padded_rows(ROWS), pad_id=ends[0])
     return found["accuracy"]
 
 

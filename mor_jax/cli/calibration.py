@@ -32,7 +32,7 @@ def merge_batches(live: LiveModel, tokenizer: Any, calibration: str, count: int)
     assert live.train is not None
     texts = (calibration,) if calibration else live.train.data
     examples, length = live_examples(live, tokenizer, texts)
-    chosen, rows = _different(examples), live.rows(ROWS)
+    chosen, rows = _different(examples), live.padded_rows(ROWS)
     if live.train.eval_data and not calibration:
         held_out, _ = live_examples(live, tokenizer, live.train.eval_data)
         seen = {_content(examples, index) for index in chosen}
@@ -77,11 +77,15 @@ def _different(examples: Examples) -> list[int]:
 
 
 def _batches(examples: Examples, members: Sequence[int], length: int, count: int, rows: int) -> Batches:
-    """Packed rows of these examples, `count * ROWS` at most, in batches of `rows`; empty rows fill the last."""
+    """Packed rows of these examples, `count * ROWS` at most, in batches of `rows`; empty rows fill them up.
+
+    Where many devices make a batch larger than all of them, they go to two, so that one can choose and one report.
+    """
     lengths = examples.lengths[list(members)]
     alone = [[item] for item in range(len(members))]  # a class belongs to a whole row
     filled = (pack(lengths, length) if examples.labels is None else alone)[: count * ROWS]
-    packed = [[members[item] for item in row] for row in filled]
-    packed += [[]] * (-len(packed) % rows)
-    built = [build_row(examples, np.array(row, np.int64), length) for row in packed]
-    return [stack_rows(built[start : start + rows]) for start in range(0, len(built), rows)]
+    share = min(rows, max(ROWS, -(-len(filled) // 2)))
+    built = [build_row(examples, np.array([members[item] for item in row], np.int64), length) for row in filled]
+    empty = build_row(examples, np.array([], np.int64), length)
+    parts = [built[start : start + share] for start in range(0, len(built), share)]
+    return [stack_rows([*part, *[empty] * (rows - len(part))]) for part in parts]

@@ -47,7 +47,7 @@ def evaluate_command(options: EvalOptions) -> dict[str, Any]:
         raise UsageError(f"--sequence-length must be at least 2, got {options.sequence_length}")
     source = parse_source(options.data)
     model = at_rank(open_model(options.model, options.dtype, options.mesh), options.rank)
-    options = dataclasses.replace(options, batch_size=model.rows(options.batch_size))
+    options = dataclasses.replace(options, batch_size=model.padded_rows(options.batch_size))
     tokenizer = load_tokenizer(model.directory)
     if options.task != "classification":
         model.require_decoder(f"--task {options.task}")

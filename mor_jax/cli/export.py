@@ -30,7 +30,7 @@ from mor_jax.export import (
 )
 from mor_jax.injection import AdapterPlan
 from mor_jax.merging import FidelityReport, as_lora
-from mor_jax.training.distributed import is_alone
+from mor_jax.processes import is_alone
 
 
 def export_command(options: ExportOptions) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def _export_hf(live: LiveModel, options: ExportOptions, output: Path) -> Outcome
 def _probe(live: LiveModel, options: ExportOptions) -> dict[str, Any]:
     """What is compared, and by whom: torch knows nothing of other processes."""
     reader = "auto" if options.verify and is_alone() else "mor_jax"
-    return {"tokens": probe_tokens(live.config, live.rows(2)), "reader": reader}
+    return {"tokens": probe_tokens(live.config, live.padded_rows(2)), "reader": reader}
 
 
 def _export_peft(live: LiveModel, options: ExportOptions, output: Path) -> Outcome:

@@ -26,12 +26,28 @@ def on_all(launch: LaunchOptions, run: Callable[[], Any], described: Mapping[str
     """
     if not _joined(launch):
         return run()
-    from mor_jax.training.distributed import check_same_everywhere, is_first, together
+    from mor_jax.processes import is_first
+    from mor_jax.training.distributed import check_same_everywhere, together
 
     with together():
-        check_same_everywhere(described or {})
+        check_same_everywhere({"versions": _versions(), **(described or {})})
         result = run()
         return result if is_first() else None
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("mor_jax", "jax", "jaxlib", "flax", "numpy")}
+
+
+def is_peer() -> bool:
+    """Whether another process than this one talks."""
+    if "mor_jax.processes" not in sys.modules:
+        return False
+    from mor_jax.processes import is_first
+
+    return not is_first()
 
 
 def _joined(launch: LaunchOptions) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 
 from mor_jax.cli import options
 from mor_jax.cli.flags import Parser, UsageError, add_flags, given_flags
-from mor_jax.cli.launch import leave, on_all
+from mor_jax.cli.launch import is_peer, leave, on_all
 
 INTERRUPTED = 130
 PACKAGE = Path(__file__).parents[1]
@@ -129,6 +129,12 @@ class Command:
     about: str
     launch: bool = False  # whether several processes may run it together
 
+    @property
+    def options_class(self) -> type:
+        """The dataclass of its options; imported only for the command that runs."""
+        module, _, name = self.options.partition(":")
+        return getattr(importlib.import_module(module), name)
+
 
 _OPTIONS = "mor_jax.cli.options:"
 COMMANDS = {
@@ -195,11 +201,12 @@ def _run(arguments: list[str]) -> int:
         try:
             result = _run_command(name, args)
         except FailedCheck as error:
-            result, failed = error.result, error
+            result, failed = None if is_peer() else error.result, error
     if result is not None:
         _show(name, result, args.json)
     if failed is not None:
-        _say(str(failed))
+        if not is_peer():
+            _say(str(failed))
         return 3
     return 0
 
@@ -210,19 +217,17 @@ def _run_command(name: str, args: argparse.Namespace) -> Any:
     if name == "train" or not command.launch:  # training finds the others by itself, when its configuration is right
         return command.run(args)
     launch = options.LaunchOptions(**given_flags(args, options.LaunchOptions))
-    module, _, cls = command.options.partition(":")
-    told = given_flags(args, getattr(importlib.import_module(module), cls))
-    return on_all(launch, lambda: command.run(args), {f"--{flag.replace('_', '-')}": told[flag] for flag in told})
+    given = given_flags(args, command.options_class)
+    return on_all(launch, lambda: command.run(args), {f"--{name.replace('_', '-')}": given[name] for name in given})
 
 
 def _parse(name: str, arguments: list[str]) -> argparse.Namespace:
     command = COMMANDS[name]
-    module, _, cls = command.options.partition(":")
     parser = Parser(prog=f"mor {name}", description=command.about, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print one JSON value on stdout instead of a table")
     if name == "train":
         parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", default=None, help="fields as in the flags")
-    add_flags(parser, getattr(importlib.import_module(module), cls), command.positional)
+    add_flags(parser, command.options_class, command.positional)
     if command.launch:
         add_flags(parser, options.LaunchOptions)
     args = parser.parse_args(arguments)
@@ -274,7 +279,9 @@ def exit_code(error: BaseException) -> int:
 def _report(error: Exception) -> int:
     code = exit_code(error)
     if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
-        _say("out of memory: lower --batch-size or --sequence-length, raise --accumulate, or use --remat full")
+        _say(
+            "out of memory: take a smaller batch or shorter rows, to train more --accumulate or --remat full, else more devices"
+        )
         return 3
     expected = hasattr(error, "exit_code") or isinstance(error, OSError)
     if code == 3 and not expected:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from mor_jax.merging import (
     routed_paths,
 )
 from mor_jax.models import make_model
+from mor_jax.training.distributed import check_same_everywhere, first_decides
 
 _LOGGER = logging.getLogger(__name__)
 LOW_RANK = ("least_squares", "sequential", "distill")
@@ -41,8 +43,12 @@ def check_output(directory: str) -> Path:
       UsageError: it exists and holds something.
     """
     path = Path(directory)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UsageError(f"--output-dir {path}: exists and is not empty; choose another folder")
+
+    def check() -> None:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UsageError(f"--output-dir {path}: exists and is not empty; choose another folder")
+
+    first_decides(check)
     return path
 
 
@@ -89,12 +95,15 @@ def run_batches(live: LiveModel, options: MergeOptions | ExportOptions) -> tuple
         raise UsageError(f"--batches must be at least 1, got {options.batches}")
     tokenizer = load_tokenizer(live.directory)
     try:
-        return merge_batches(live, tokenizer, options.calibration, options.batches)
+        found = merge_batches(live, tokenizer, options.calibration, options.batches)
     except DataError as error:
         if options.calibration or not all(adapted.adapter.merges_exactly for adapted in live.plan.sites):
             raise
         _LOGGER.warning("%s; the merge is exact, so random tokens are compared instead", error)
-        return [], [{"input_ids": probe_tokens(live.config, live.rows(2))}]
+        found = [], [{"input_ids": probe_tokens(live.config, live.padded_rows(2))}]
+    rows = [batch["input_ids"].tobytes() for batches in found for batch in batches]
+    check_same_everywhere({"rows of the calibration and held-out data": hashlib.sha256(b"".join(rows)).hexdigest()})
+    return found
 
 
 def merged_model(live: LiveModel, options: MergeOptions | ExportOptions) -> tuple[dict, FidelityReport]:

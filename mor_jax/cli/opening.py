@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 
 from mor_jax.adapters import AdapterInputs, Leaves
 from mor_jax.cli.flags import UsageError
-from mor_jax.injection import Adapted, AdapterPlan, cut_to_rank, gathered
+from mor_jax.injection import Adapted, AdapterPlan, cut_to_rank
 from mor_jax.models import (
     CachedForward,
     DecoderConfig,
@@ -30,8 +30,10 @@ from mor_jax.models import (
     make_model,
     read_config,
 )
-from mor_jax.training.build import base_specs
+from mor_jax.processes import gathered
+from mor_jax.training.build import base_specs, widest_mesh
 from mor_jax.training.config import TrainConfig, load_config
+from mor_jax.training.distributed import check_same_everywhere
 from mor_jax.training.mesh import MeshError, make_mesh, put_batch, row_ways
 from mor_jax.training.sharding import RULES, on_devices, shardings_of
 from mor_jax.training.step import put_leaves
@@ -86,7 +88,7 @@ class LiveModel:
         """Within it everything is computed on the model's devices."""
         return on_devices(self.mesh)
 
-    def rows(self, wanted: int) -> int:
+    def padded_rows(self, wanted: int) -> int:
         """The least number of rows, no less than `wanted`, that the devices share evenly."""
         ways = row_ways(self.mesh)
         return -(-wanted // ways) * ways
@@ -99,7 +101,7 @@ class LiveModel:
     def logits_fn(self) -> Callable[[Mapping[str, np.ndarray]], jax.Array]:
         """Batch -> next-token logits (B, S, V), or a classifier's (B, classes); compiled once for each shape.
 
-        A batch has as many rows as `rows` gives.
+        A batch has as many rows as `padded_rows` gives.
         """
         module, adapted = self.module, self.plan is not None
 
@@ -116,7 +118,7 @@ class LiveModel:
     def generate_fn(self, eos_ids: tuple[int, ...], pad_id: int, **options: Any) -> Callable[..., np.ndarray]:
         """(prompts (B, S) left-padded, mask (B, S)) -> new tokens (B, T); `options` are those of `generate`.
 
-        The prompts have as many rows as `rows` gives.
+        The prompts have as many rows as `padded_rows` gives.
         """
         self.require_decoder("generation")
         config = self.config
@@ -172,6 +174,7 @@ def open_model(path: str | Path, dtype: str | None = None, mesh: str = "") -> Li
     if (path / "config.yaml").is_file():
         return open_run(path, dtype, mesh)
     config = dataclasses.replace(read_config(path), dtype=dtype or "float32", param_dtype=dtype or "float32")
+    check_same_everywhere({"config.json": repr(config)})
     devices, specs = choose_devices(config, mesh)
     return LiveModel(path, config, load_params(path, config, shardings_of(specs, devices)), devices)
 
@@ -179,8 +182,8 @@ def open_model(path: str | Path, dtype: str | None = None, mesh: str = "") -> Li
 def choose_devices(config: ModelConfig, description: str = "") -> tuple[jax.sharding.Mesh, Any]:
     """(the mesh that a model is opened on, a `PartitionSpec` for each of its parameters).
 
-    Without a description every device is used, as many as divide the model on `fsdp` and the rest on `data`. A CPU's
-    virtual devices share its memory and cores, so that a process alone uses one.
+    Without a description it is the `widest_mesh` of every device. A CPU's virtual devices share its memory and cores,
+    so that a process alone uses one.
 
     Raises:
       MeshError: the mesh does not fit the devices or the model.
@@ -193,13 +196,7 @@ def choose_devices(config: ModelConfig, description: str = "") -> tuple[jax.shar
             raise MeshError(f"mesh={description!r}: {jax.device_count()} devices, and several processes must use all")
         return mesh, base_specs(config, mesh)
     one = jax.process_count() == 1 and jax.default_backend() == "cpu"
-    devices = jax.devices()[: 1 if one else None]
-    sizes = [size for size in range(len(devices), 0, -1) if len(devices) % size == 0]
-    for size in sizes:
-        mesh = make_mesh(f"data=-1,fsdp={size}", devices)
-        with contextlib.suppress(MeshError):
-            return mesh, base_specs(config, mesh)
-    raise AssertionError("every parameter divides by 1")
+    return widest_mesh(config, jax.devices()[: 1 if one else None])
 
 
 def at_rank(live: LiveModel, rank: int) -> LiveModel:
@@ -221,7 +218,7 @@ def at_rank(live: LiveModel, rank: int) -> LiveModel:
 
 def open_run(path: str | Path, dtype: str | None = None, mesh: str = "") -> LiveModel:
     """The base of a run with its trained adapter; arguments and errors as of `open_model`."""
-    from mor_jax.training.adapter_file import load_adapter
+    from mor_jax.training.adapter_file import load_adapter, read_description
     from mor_jax.training.classification import classifier_config, load_base
 
     run = Path(path)
@@ -234,6 +231,8 @@ def open_run(path: str | Path, dtype: str | None = None, mesh: str = "") -> Live
     base = read_config(train.model)
     base = dataclasses.replace(base, dtype=dtype or train.dtype, param_dtype=stored, scan_layers=train.scan_layers)
     config = classifier_config(base, train.labels) if isinstance(base, EncoderConfig) and train.labels else base
+    files = {"adapter/adapter.json": read_description(run / "adapter"), "config.json": repr(config)}
+    check_same_everywhere(files)
     devices, specs = choose_devices(config, mesh)
     params = load_base(train, base, config, shardings_of(specs, devices))
     example = jax.ShapeDtypeStruct((1, 8), jnp.int32)

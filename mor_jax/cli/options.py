@@ -31,12 +31,12 @@ class EvalOptions:
     model: str  # Hugging Face directory, or the run folder of `mor train`
     data: str  # records; for choice prompt, options, answer; for classification text or sentence1 and 2, label
     task: Literal["perplexity", "choice", "classification", "generation"] = "perplexity"  # what is measured
-    batch_size: int = 4  # rows at once
+    batch_size: int = 4  # rows at once, or as many more as the devices share evenly
     sequence_length: int = 512  # longest row in tokens
     max_new_tokens: int = 64  # generation only
     limit: int = 0  # examples that are measured; 0 measures all
     rank: int = 0  # of an adapter trained for all smaller ranks (dylora); 0 takes its own
-    mesh: str = ""  # data=2,fsdp=4,tensor=2; empty: every device, on fsdp as far as the model divides
+    mesh: str = ""  # data=2,fsdp=4,tensor=2; empty: every accelerator, on fsdp as far as the model divides
     dtype: Literal["float32", "bfloat16"] | None = None  # of the computation; the run's own, or float32
 
 
@@ -52,7 +52,7 @@ class GenerateOptions:
     top_p: float = 1.0  # sampling keeps the likeliest tokens of this total probability
     chat: bool = False  # the prompt is a user's message for the tokenizer's chat template
     seed: int = 0  # of sampling
-    mesh: str = ""  # data=2,fsdp=4,tensor=2; empty: every device, on fsdp as far as the model divides
+    mesh: str = ""  # data=2,fsdp=4,tensor=2; empty: every accelerator, on fsdp as far as the model divides
     dtype: Literal["float32", "bfloat16"] | None = None  # of the computation; the run's own, or float32
 
 
@@ -70,7 +70,7 @@ class MergeOptions:
     steps: int = 200  # of distill
     learning_rate: float = 3e-3  # of distill
     seed: int = 0  # of distill: the order of the calibration batches
-    mesh: str = ""  # data=2,fsdp=4,tensor=2; empty: every device, on fsdp as far as the model divides
+    mesh: str = ""  # data=2,fsdp=4,tensor=2; empty: every accelerator, on fsdp as far as the model divides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class ExportOptions:
     run: str  # run folder of `mor train`
     output_dir: str  # folder to be made
     format: Literal["hf", "peft", "safetensors"] = "hf"  # merged model, PEFT adapter, or our adapter alone
-    verify: bool = False  # load it in transformers or PEFT where torch is installed and compare logits in float32
+    verify: bool = False  # compare float32 logits in transformers or PEFT, where torch is and one process works alone
     gates: str = ""  # as in `mor merge`; peft: least_squares, sequential or distill
     rank: int = 0  # as in `mor merge`; peft: 0 takes the adapter's own rank
     mergeable: bool = False  # as in `mor merge`

@@ -12,7 +12,7 @@ import numpy as np
 
 from mor_jax.data import BATCH_FIELDS
 from mor_jax.evaluation.perplexity import LogitsFn, target_log_likelihood
-from mor_jax.injection import gathered
+from mor_jax.processes import gathered
 
 
 @dataclass(frozen=True, kw_only=True)

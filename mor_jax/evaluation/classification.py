@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.injection import gathered
+from mor_jax.processes import gathered
 
 Batch = Mapping[str, Any]
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from mor_jax.evaluation.choice import by_task
-from mor_jax.injection import gathered
+from mor_jax.processes import gathered
 
 GenerateFn = Callable[[np.ndarray, np.ndarray], jax.Array | np.ndarray]
 
@@ -82,7 +82,9 @@ def exact_match(
     texts: list[str] = []
     for start in range(0, len(questions), batch_size):
         part = questions[start : start + batch_size]
-        prompts, mask = left_padded([question.prompt for question in part], batch_size, length, pad_id)
+        asked = [question.prompt for question in part]
+        asked += asked[-1:] * (batch_size - len(asked))  # a row of its own would not end before the others
+        prompts, mask = left_padded(asked, batch_size, length, pad_id)
         new = np.asarray(gathered(generate_fn(prompts, mask)))
         texts += [decode(_cut(new[row], eos_ids)) for row in range(len(part))]
     right: dict[str, list[bool]] = {}

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import jax
-
 from mor_jax.merging import FidelityReport
 from mor_jax.models import ModelConfig, save_params
+from mor_jax.processes import barrier, is_first
 from mor_jax.training.integrity import write_manifest
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -42,8 +41,9 @@ def export_hf(
     """
     target = Path(directory)
     save_params(params, config, target, source_dir=source_dir, max_shard_bytes=max_shard_bytes)
-    if jax.process_index() == 0:
+    if is_first():
         if report is not None:
             report.save(target)
         write_manifest(target)
+    barrier("the manifest is there")
     return target

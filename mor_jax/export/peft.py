@@ -23,11 +23,12 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from mor_jax.adapters import Adapter, DoRA, Leaves, LoRA, RsLoRA
-from mor_jax.injection import AdapterPlan, gathered
+from mor_jax.injection import AdapterPlan
 from mor_jax.merging import FidelityReport
 from mor_jax.models import DecoderConfig, EncoderConfig, ModelConfig
 from mor_jax.models.tensor_file import new_folder, save_tensors
 from mor_jax.models.tensors import TensorEntry, tensor_table
+from mor_jax.processes import gathered
 from mor_jax.training.integrity import write_manifest
 
 CONFIG = "adapter_config.json"

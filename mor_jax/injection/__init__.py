@@ -4,7 +4,6 @@ from mor_jax.injection.adapted import Adapted
 from mor_jax.injection.leaves import (
     adapter_specs,
     count_bytes,
-    gathered,
     init_leaves,
     init_probes,
     join,
@@ -31,7 +30,6 @@ __all__ = [
     "adapter_specs",
     "count_bytes",
     "cut_to_rank",
-    "gathered",
     "get_path",
     "init_leaves",
     "init_probes",

@@ -227,22 +227,6 @@ def adapter_specs(plan: AdapterPlan, param_specs: Mapping[str, Any]) -> dict[str
     return specs
 
 
-def gathered(tree: Any) -> Any:
-    """The arrays of a pytree whole on each host, one after the other; themselves where they are already.
-
-    Of several processes all must call this.
-    """
-
-    def whole(leaf: Any) -> Any:
-        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
-            return leaf
-        from jax.experimental.multihost_utils import process_allgather
-
-        return process_allgather(leaf, tiled=True)
-
-    return jax.tree.map(whole, tree)
-
-
 def count_bytes(tree: Any) -> int:
     """Bytes of all arrays (or shapes) in a tree."""
     return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from mor_jax.adapters import Adapter, AdapterInputs, Kernel, Leaves, Site
 from mor_jax.injection import Adapted, AdaptedSite, AdapterPlan
@@ -112,8 +112,8 @@ class Capture(Adapter):
 
     Attributes:
         inner: The method.
-        kind: What it reports: sums of x^T x and x^T delta; sums of ||x D - delta||^2 and ||delta||^2 for a given D; or
-            the D of a sequential pass, whose batch is [routed rows; merged rows].
+        kind: What it reports: sums of x^T x and x^T delta; sums of ||x D - delta||^2 and ||delta||^2 for the D of
+            merged kernels; or the D of a sequential pass, whose batch is [routed rows; merged rows].
         ridge: Of ``solve_ridge``, in a sequential pass.
     """
 
@@ -186,16 +186,19 @@ class Capture(Adapter):
             merged = x[half:] @ statistics["change"].astype(x.dtype)
             delta = jnp.concatenate([delta[:half], merged.astype(delta.dtype)])
         else:
-            compute = _errors if self.kind == "errors" else _moments
             seen = jax.lax.stop_gradient((x, delta))
-            statistics = compute(*seen, weight, extra.get(EXTRA + "change"))
-        statistics = {name: spread_out(value) for name, value in statistics.items()}
+            if self.kind == "errors":
+                merged = dataclasses.replace(kernel, value=extra[EXTRA + "merged"])
+                statistics = _errors(*seen, weight, merged.dense() - kernel.dense())
+            else:
+                statistics = _moments(*seen, weight)
+        statistics = {name: shard_inputs(value) for name, value in statistics.items()}
         delta = emit(delta, {name: extra[EXTRA + name] for name in statistics}, statistics)
         return delta if chain is None else (delta, chain)
 
     def _solve(self, seen: tuple[Array, Array], weight: Array) -> dict[str, Array]:
         """The change that the tokens ask for, their second moment, their number and 1 for this call."""
-        sums = _moments(*seen, weight, None)
+        sums = _moments(*seen, weight)
         tokens = jnp.maximum(sums["count"][0], 1.0)
         moment = sums["xx"] / tokens
         change = solve_ridge(moment, sums["xd"] / tokens, self.ridge)
@@ -227,7 +230,7 @@ def _token_weight(inputs: AdapterInputs, x: Array) -> Array:
     return (inputs.segment_ids > 0).astype(jnp.float32).reshape(*x.shape[:-1], 1)
 
 
-def _moments(x: Array, target: Array, weight: Array, change: Array | None) -> dict[str, Array]:
+def _moments(x: Array, target: Array, weight: Array) -> dict[str, Array]:
     """Sums over tokens of x^T x: (in, in), x^T delta: (in, out) and 1: (1,), float32."""
     weighted = (x.astype(jnp.float32) * weight).reshape(-1, x.shape[-1])
     x = x.astype(jnp.float32).reshape(-1, x.shape[-1])
@@ -236,9 +239,8 @@ def _moments(x: Array, target: Array, weight: Array, change: Array | None) -> di
     return {"xx": product(weighted, x), "xd": product(weighted, target), "count": weight.sum()[None]}
 
 
-def _errors(x: Array, target: Array, weight: Array, change: Array | None) -> dict[str, Array]:
+def _errors(x: Array, target: Array, weight: Array, change: Array) -> dict[str, Array]:
     """Sums over tokens of ||x D - delta||^2 and ||delta||^2, (1,) float32 each."""
-    assert change is not None
     target = target.astype(jnp.float32)
     miss = jnp.matmul(x.astype(jnp.float32), change, precision="highest") - target
     return {
@@ -275,7 +277,7 @@ def _add_batch(
     call: ModelCall,
     params: Any,
     leaves: Leaves,
-    changes: Mapping[str, Array],
+    merged: Mapping[str, Array],
     batch: Batch,
     total: Any,
 ) -> Any:
@@ -284,12 +286,12 @@ def _add_batch(
     def run(probes: Any) -> Any:
         own: dict[str, Any] = dict(leaves.params)
         for path, probe in probes.items():
-            given = {"change": changes[path]} if path in changes else {}
+            given = {"merged": merged[path]} if path in merged else {}
             own[path] = {**own[path], **{EXTRA + name: value for name, value in {**given, **probe}.items()}}
         return forward(model, watched, params, leaves._replace(params=own), batch, call)
 
     zeros = jax.tree.map(jnp.zeros_like, total)
-    return jax.tree.map(lambda *sums: spread_out(jnp.add(*sums)), total, through_probes(run, zeros))
+    return jax.tree.map(lambda *sums: shard_inputs(jnp.add(*sums)), total, through_probes(run, zeros))
 
 
 def collect(
@@ -300,7 +302,7 @@ def collect(
     paths: Sequence[str],
     batches: Iterable[Batch],
     call: ModelCall,
-    changes: Mapping[str, Array] | None = None,
+    merged: Mapping[str, Array] | None = None,
 ) -> dict[str, dict[str, Array]]:
     """Sums over the tokens of all batches at the sites ``paths``.
 
@@ -312,17 +314,17 @@ def collect(
         paths: Sites of the plan.
         batches: Of one shape; every entry has the batch axis first.
         call: Batch -> (args, kwargs, adapter inputs).
-        changes: {path: D: (layers..., in, out) float32}, to be judged.
+        merged: {path: merged kernels as the model stores them, layer axes leading}, to be judged.
 
     Returns:
-        {path: {sum: (layers..., ...) float32}}: "xx", "xd" and "count", or with ``changes`` "error" and "norm".
+        {path: {sum: (layers..., ...) float32}}: "xx", "xd" and "count", or with ``merged`` "error" and "norm".
     """
-    kind: Kind = "moments" if changes is None else "errors"
+    kind: Kind = "moments" if merged is None else "errors"
     watched = capturing(plan, paths, kind)
     total: Any = {path: _zeros(plan[path], kind) for path in paths}
     for batch in batches:
         arrays = {name: jnp.asarray(value) for name, value in batch.items()}
-        total = _add_batch(model, watched, call, params, leaves, changes or {}, arrays, total)
+        total = _add_batch(model, watched, call, params, leaves, merged or {}, arrays, total)
     return total
 
 
@@ -349,16 +351,18 @@ def solve_in_order(
 
 
 def _zeros(adapted: AdaptedSite, kind: Kind) -> dict[str, Array]:
-    return {name: spread_out(jnp.zeros(shape)) for name, shape in _probe_shapes(adapted, kind).items()}
+    return {name: shard_inputs(jnp.zeros(shape)) for name, shape in _probe_shapes(adapted, kind).items()}
 
 
-def spread_out(value: Array) -> Array:
+def shard_inputs(value: Array) -> Array:
     """A kernel's worth of numbers, (..., in, any), dealt by its inputs over all devices of the mesh in use.
 
-    Of every site at once no device could hold them. Without a mesh, or where they do not divide, they stay as they are.
+    Of every site at once no device could hold them. Without a mesh whose axes are left to the compiler, or where they
+    do not divide, they stay as they are.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or value.ndim < 2 or value.shape[-2] % mesh.size:
+    left_to_compiler = not mesh.empty and all(kind == AxisType.Auto for kind in mesh.axis_types)
+    if not left_to_compiler or value.ndim < 2 or value.shape[-2] % mesh.size:
         return value
     split = PartitionSpec(*(None,) * (value.ndim - 2), mesh.axis_names)
     return jax.lax.with_sharding_constraint(value, split)

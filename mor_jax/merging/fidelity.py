@@ -18,8 +18,9 @@ import numpy as np
 from jax import Array
 
 from mor_jax.adapters import Leaves
-from mor_jax.injection import AdapterPlan, gathered, site_kernels
+from mor_jax.injection import AdapterPlan, site_kernels
 from mor_jax.merging.calibration import Batch, ModelCall, collect, forward, language_model_call
+from mor_jax.processes import gathered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +87,9 @@ def site_errors(
     call: ModelCall = language_model_call,
 ) -> dict[str, list[float]]:
     """{path: relative error of each layer}; 0 where the adapter does nothing and the kernel did not change."""
-    changes = {}
-    for adapted in plan.sites:
-        change = site_kernels(merged, adapted).dense() - site_kernels(params, adapted).dense()
-        changes[adapted.site.path] = change.reshape(*adapted.stack_sizes, *change.shape[-2:])
+    kernels = {adapted.site.path: site_kernels(merged, adapted).value for adapted in plan.sites}
     found = {}
-    for path, sums in collect(model, params, leaves, plan, plan.paths, batches, call, changes).items():
+    for path, sums in collect(model, params, leaves, plan, plan.paths, batches, call, kernels).items():
         error, norm = (np.asarray(gathered(sums[name]), np.float64).reshape(-1) for name in ("error", "norm"))
         ratio = np.where(norm > 0, error / np.where(norm > 0, norm, 1), np.where(error > 0, 1.0, 0.0))
         found[path] = np.sqrt(ratio).tolist()

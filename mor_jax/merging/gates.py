@@ -13,9 +13,10 @@ import numpy as np
 from jax import Array
 
 from mor_jax.adapters import Leaves
-from mor_jax.injection import AdapterPlan, gathered, init_probes
+from mor_jax.injection import AdapterPlan, init_probes
 from mor_jax.merging.calibration import Batch, ModelCall, forward, language_model_call, through_probes
 from mor_jax.merging.chain import earlier_shares
+from mor_jax.processes import gathered
 
 
 @functools.partial(jax.jit, static_argnames=("model", "plan", "call"))

@@ -21,19 +21,20 @@ import numpy as np
 from jax import Array
 
 from mor_jax.adapters import Leaves
-from mor_jax.injection import AdaptedSite, AdapterPlan, gathered, link_leaves
+from mor_jax.injection import AdaptedSite, AdapterPlan, link_leaves
 from mor_jax.merging.calibration import (
     RIDGE,
     Batch,
     ModelCall,
     collect,
     language_model_call,
+    shard_inputs,
     solve_in_order,
     solve_ridge,
-    spread_out,
 )
 from mor_jax.merging.exact import add_change, merge_site, merge_trained_modules, update_site
 from mor_jax.merging.factors import with_loras
+from mor_jax.processes import from_first, gathered, is_first
 
 
 class Calibration(NamedTuple):
@@ -106,7 +107,7 @@ def _solve(adapted: AdaptedSite, sums: Mapping[str, Array], ridge: float) -> tup
 
 @functools.partial(jax.jit, static_argnums=1)
 def _solve_layers(sums: tuple[Array, Array], ridge: float) -> Array:
-    return jax.lax.map(lambda layer: spread_out(solve_ridge(layer[0], layer[1], ridge)), sums)
+    return jax.lax.map(lambda layer: shard_inputs(solve_ridge(layer[0], layer[1], ridge)), sums)
 
 
 def merge_changes(
@@ -153,6 +154,14 @@ def factorize(change: np.ndarray, second_moment: np.ndarray, rank: int) -> tuple
     return np.linalg.solve(factor.T, weighted), right[:rank]
 
 
+def _factorize_once(change: Array, second_moment: Array, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """``factorize`` in float32, by process 0 for all: other hosts' libraries may turn or flip the vectors."""
+    pair = np.zeros((change.shape[0], rank), np.float32), np.zeros((rank, change.shape[1]), np.float32)
+    if is_first():
+        pair = tuple(part.astype(np.float32) for part in factorize(np.asarray(change), np.asarray(second_moment), rank))
+    return from_first(pair)
+
+
 def refactor(calibration: Calibration, leaves: Leaves, plan: AdapterPlan, rank: int) -> tuple[AdapterPlan, Leaves]:
     """The least-squares changes as ordinary LoRAs of one rank, ready for an adapter file or a PEFT export.
 
@@ -168,7 +177,7 @@ def refactor(calibration: Calibration, leaves: Leaves, plan: AdapterPlan, rank: 
     factors = {}
     for path, changes in calibration.changes.items():
         stack, moments = plan[path].stack_sizes, calibration.second_moments[path]
-        pairs = [factorize(gathered(changes[i]), gathered(moments[i]), rank) for i in np.ndindex(stack)]
+        pairs = [_factorize_once(gathered(changes[i]), gathered(moments[i]), rank) for i in np.ndindex(stack)]
         a, b = (jnp.asarray(np.stack(one), jnp.float32) for one in zip(*pairs, strict=True))
         factors[path] = a.reshape(*stack, *a.shape[1:]), b.reshape(*stack, *b.shape[1:])
     return with_loras(plan, leaves, factors)

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from mor_jax.injection import gathered
 from mor_jax.models.config import DecoderConfig, EncoderConfig, ModelConfig
 from mor_jax.models.family import abstract_params
 from mor_jax.models.hf_config import config_to_hf, read_config, same_model
@@ -30,6 +29,7 @@ from mor_jax.models.hf_encoder import LABEL_FIELDS
 from mor_jax.models.hf_json import ModelFileError, read_json
 from mor_jax.models.tensor_file import new_folder, save_tensors
 from mor_jax.models.tensors import TensorEntry, common_name, is_derived, is_left_out, tensor_table
+from mor_jax.processes import gathered
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

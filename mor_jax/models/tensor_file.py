@@ -12,9 +12,10 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import jax
 import numpy as np
 from safetensors.numpy import save_file
+
+from mor_jax.processes import barrier, is_first
 
 
 def save_tensors(tensors: Mapping[str, np.ndarray], path: Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -38,23 +39,21 @@ def save_tensors(tensors: Mapping[str, np.ndarray], path: Path, metadata: Mappin
 def new_folder(target: Path) -> Iterator[Path | None]:
     """A folder beside `target` to write into, which takes its name at the end.
 
-    Of several processes, all of which must come here, the first writes; the others get None, and leave when it is done.
+    Of several processes, all of which must come here, the first looks and writes; the others get None, and leave when
+    it is done.
 
     Raises:
       FileExistsError: `target` is there and not empty.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists and is not empty: choose another directory")
-    if jax.process_index() > 0:
+    if not is_first():
         yield None
     else:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise FileExistsError(f"{target} exists and is not empty: choose another directory")
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
             folder = Path(scratch) / target.name
             folder.mkdir()
             yield folder
             os.replace(folder, target)
-    if jax.process_count() > 1:
-        from jax.experimental.multihost_utils import sync_global_devices
-
-        sync_global_devices(f"{target.name} is there")
+    barrier(f"{target.name} is there")

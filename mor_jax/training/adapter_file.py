@@ -19,15 +19,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mor_jax.adapters import Adapter, Leaves
 from mor_jax.adapters.registry import make_adapter
-from mor_jax.injection import DEFAULT_KINDS, AdapterPlan, LinearKind, gathered, init_leaves, resolve_sites
+from mor_jax.injection import DEFAULT_KINDS, AdapterPlan, LinearKind, init_leaves, resolve_sites
 from mor_jax.models.tensor_file import save_tensors
+from mor_jax.processes import barrier, gathered, is_first
 from mor_jax.training.checkpoint import fingerprint
-from mor_jax.training.distributed import barrier, is_first
 from mor_jax.training.integrity import check_manifest, write_manifest
 
 WEIGHTS = "adapter.safetensors"
@@ -105,7 +104,7 @@ def load_adapter(
       **kwargs: more example inputs, by name.
 
     Returns:
-      (plan, leaves, metadata): the metadata are the fields of `adapter.json`.
+      (plan, leaves, metadata): the leaves are NumPy's arrays, the metadata the fields of `adapter.json`.
 
     Raises:
       IntegrityError: a file fails its check.
@@ -131,9 +130,8 @@ def load_adapter(
         seed = jax.random.fold_in(jax.random.key(int(metadata.get("seed", 0))), 0)
         constants = init_leaves(seed, plan, params).constants
         _check_constants(directory, metadata, constants)
-    loaded = {name: jnp.asarray(tensors[name]) for name, _ in _named(expected)}
     treedef = jax.tree.structure((expected.params, expected.state))
-    trees = jax.tree.unflatten(treedef, [loaded[name] for name, _ in _named(expected)])
+    trees = jax.tree.unflatten(treedef, [tensors[name] for name, _ in _named(expected)])
     return plan, Leaves(trees[0], trees[1], constants), metadata
 
 

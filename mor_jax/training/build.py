@@ -5,6 +5,7 @@ All that can be wrong with the input is found here, before a file is written.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -186,6 +187,19 @@ def base_specs(shape: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
         return param_specs(params, mesh)
     check_heads(shape.num_heads, shape.num_kv_heads, mesh)
     return param_specs(params, mesh, axes=logical_axes(params))
+
+
+def widest_mesh(shape: ModelConfig, devices: Sequence[Any]) -> tuple[jax.sharding.Mesh, Any]:
+    """(a mesh for a model that is not trained, a `PartitionSpec` for each parameter).
+
+    As many of the devices as divide the model are on `fsdp`, the rest on `data`.
+    """
+    for size in range(len(devices), 0, -1):
+        if len(devices) % size == 0:
+            mesh = make_mesh(f"data=-1,fsdp={size}", devices)
+            with contextlib.suppress(MeshError):
+                return mesh, base_specs(shape, mesh)
+    raise MeshError("no device is there")
 
 
 def decoder_loss(config: TrainConfig, adapted: Adapted, plan: AdapterPlan, shape: DecoderConfig) -> Loss:

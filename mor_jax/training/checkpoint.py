@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mor_jax.training.distributed import first_decides, is_first
+from mor_jax.processes import is_first
+from mor_jax.training.distributed import first_decides
 from mor_jax.training.integrity import MANIFEST, IntegrityError, verify_manifest, write_manifest
 
 _LOGGER = logging.getLogger(__name__)

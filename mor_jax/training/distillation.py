@@ -131,11 +131,11 @@ def _train(
     seed: int,
 ) -> Leaves:
     """The leaves after a step on each batch; raises NonFiniteError."""
-    leaves, mesh = _beside_base(leaves, adapted, params)
+    leaves, mesh = _on_base_mesh(leaves, adapted, params)
     adapters, saved = jax.tree.map(jnp.array, (leaves.params, leaves.state))  # copies, because a step donates them
     key = jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
     state = TrainState(jnp.zeros((), jnp.int32), adapters, saved, optimizer.init(adapters), {}, key)
-    shardings = None if mesh is None else _as_they_lie(state, params, leaves.constants, mesh)
+    shardings = None if mesh is None else _current_shardings(state, params, leaves.constants, mesh)
     state = state if shardings is None else jax.device_put(state, shardings.state)
     own: dict[str, Any] = {"constants": leaves.constants, "adapters": adapters, "shardings": shardings}
     # no rules, since those of other methods would change what stays as it is
@@ -148,7 +148,7 @@ def _train(
     return Leaves(state.adapters, state.adapter_state, leaves.constants)
 
 
-def _beside_base(leaves: Leaves, adapted: Adapted, params: Any) -> tuple[Leaves, Mesh | None]:
+def _on_base_mesh(leaves: Leaves, adapted: Adapted, params: Any) -> tuple[Leaves, Mesh | None]:
     """The leaves where training has them, and the base's mesh; as they are, and None, without a mesh."""
     base = meta.unbox(params)
     places = [sharding_of(leaf) for leaf in jax.tree.leaves(base)]
@@ -158,7 +158,7 @@ def _beside_base(leaves: Leaves, adapted: Adapted, params: Any) -> tuple[Leaves,
     return put_leaves(leaves, adapted.plan, specs, places[0].mesh), places[0].mesh
 
 
-def _as_they_lie(state: TrainState, params: Any, constants: Any, mesh: Mesh) -> StateShardings:
+def _current_shardings(state: TrainState, params: Any, constants: Any, mesh: Mesh) -> StateShardings:
     """Everything stays where it is, so that no step compiles anew; batches may be anywhere."""
     where = lambda tree: jax.tree.map(lambda leaf: sharding_of(leaf) or replicated(mesh), tree)  # noqa: E731
     return StateShardings(where(state), where(params), where(constants), batch=None, metrics=replicated(mesh))

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mor_jax.processes import from_first, is_alone, is_first
 from mor_jax.training.mesh import replicated
 
 JOIN_SECONDS = 300  # that the first process waits for the last one
@@ -54,7 +55,7 @@ class LostPeerError(RuntimeError):
         detail = "" if error is None else f" ({' '.join(str(error).split())[:200]})"
         super().__init__(
             f"process {jax.process_index()} of {jax.process_count()}: another process was lost{detail}: its own log"
-            " says why; start all of them again with --resume"
+            " says why; start all of them again (mor train with --resume)"
         )
 
 
@@ -157,24 +158,6 @@ def _explicit(coordinator: str, num_processes: int | None, process_id: int | Non
     }
 
 
-def is_first() -> bool:
-    """Whether this process writes files and talks: process 0, or the only one."""
-    return jax.process_index() == 0
-
-
-def is_alone() -> bool:
-    """Whether there is no other process."""
-    return jax.process_count() == 1
-
-
-def barrier(name: str) -> None:
-    """Returns when all processes have come here; `name` must be the same on all."""
-    if not is_alone():
-        from jax.experimental.multihost_utils import sync_global_devices
-
-        sync_global_devices(name)
-
-
 def first_decides(function: Callable[[], Any]) -> Any:
     """What `function`, run by process 0 alone, returns; JSON's types only. All processes must call this.
 
@@ -199,13 +182,11 @@ def first_decides(function: Callable[[], Any]) -> Any:
 
 def _broadcast(text: bytes) -> bytes:
     """Process 0's bytes, on all."""
-    from jax.experimental.multihost_utils import broadcast_one_to_all
-
-    size = int(broadcast_one_to_all(np.int32(len(text))))
+    size = int(from_first(np.int32(len(text))))
     padded = np.zeros(size, np.uint8)
     if is_first():
         padded[:] = np.frombuffer(text, np.uint8)
-    return np.asarray(broadcast_one_to_all(padded)).tobytes()
+    return np.asarray(from_first(padded)).tobytes()
 
 
 def check_same_everywhere(described: Mapping[str, Any]) -> None:

@@ -28,6 +28,7 @@ import optax
 from mor_jax.adapters import Leaves
 from mor_jax.data import DataError
 from mor_jax.optim import Rules, plan_rules
+from mor_jax.processes import barrier, is_alone, is_first
 from mor_jax.training.adapter_file import save_adapter
 from mor_jax.training.build import Run, build_run, target_rows
 from mor_jax.training.checkpoint import Checkpoints, fingerprint
@@ -35,10 +36,7 @@ from mor_jax.training.config import ConfigError, TrainConfig, config_to_mapping
 from mor_jax.training.distributed import (
     LostPeerError,
     Pulse,
-    barrier,
     check_same_everywhere,
-    is_alone,
-    is_first,
     is_lost_peer,
 )
 from mor_jax.training.evaluation import Evaluation, make_evaluation
@@ -174,7 +172,7 @@ class _Loop:
         about |= {"tasks": list(run.tasks), "steps": self.done}
         save_adapter(Path(config.output_dir) / "adapter", run.plan, leaves, about)
         self.checkpoints.commit()
-        barrier("the adapter is there")
+        barrier("the run is finished")
         return {
             "steps": self.done,
             "loss": float(np.mean(self.losses)),

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 BATCH_AXES = ("data", "fsdp")
 AXES = (*BATCH_AXES, "sequence", "tensor")  # the last has the closest neighbours
@@ -132,6 +132,17 @@ def held_rows(mesh: Mesh, batch_size: int, devices: Sequence[Any] | None = None)
     return np.unique(np.concatenate(held))
 
 
+def put(value: Any, sharding: Sharding) -> Array:
+    """An array on devices that may belong to other processes too; each process has all of it and sends what is its own.
+
+    `jax.device_put` would first compare all processes' copies, whole on every device.
+    """
+    if sharding.is_fully_addressable or (isinstance(value, Array) and not value.is_fully_addressable):
+        return jax.device_put(value, sharding)
+    host = np.asarray(value)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
 def put_batch(batch: Mapping[str, Any], mesh: Mesh, batch_size: int | None = None) -> dict[str, Array]:
     """The batch on the devices of `mesh`, rows dealt over `data` and `fsdp`, their tokens over `sequence`.
 
@@ -141,13 +152,15 @@ def put_batch(batch: Mapping[str, Any], mesh: Mesh, batch_size: int | None = Non
       batch_size: B; None where `batch` has all rows.
 
     Raises:
-      MeshError: the rows are neither all nor those of this process.
+      MeshError: the rows do not divide, or are neither all nor those of this process.
     """
     sharding = batch_sharding(mesh)
-    if sharding.is_fully_addressable:
-        return jax.device_put(dict(batch), sharding)
     rows = len(next(iter(batch.values())))
     total = batch_size or rows
+    if total % row_ways(mesh):
+        raise MeshError(f"a batch of {total} rows: the devices need a multiple of {row_ways(mesh)}")
+    if sharding.is_fully_addressable:
+        return jax.device_put(dict(batch), sharding)
     held = np.arange(total) if rows == total else held_rows(mesh, total)
     if len(held) != rows:
         raise MeshError(f"a batch of {rows} rows: give all {total}, or the {len(held)} of this process")

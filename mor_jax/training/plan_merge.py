@@ -15,8 +15,8 @@ from mor_jax.adapters import Leaves, NotMergeable
 from mor_jax.injection import get_path
 from mor_jax.merging import lower_merge
 from mor_jax.models import DecoderConfig
+from mor_jax.training.build import widest_mesh
 from mor_jax.training.config import TrainConfig
-from mor_jax.training.mesh import make_mesh
 from mor_jax.training.plan import lay_out, local_bytes, needed_bytes
 from mor_jax.training.topology import Topology
 
@@ -43,19 +43,19 @@ class MergeForecast:
 
 
 def forecast_merge(config: TrainConfig, shape: DecoderConfig, topology: Topology) -> MergeForecast:
-    """The merge of a run's base and adapters as they lie on the slice while training.
+    """The merge of a run's base and adapters as `mor merge` lays them out where no mesh is named.
 
     Gates that read the input are taken as constant; finding good constants costs forward passes beside this.
 
     Args:
-      config: of the run; an empty mesh puts every device on `fsdp`.
+      config: of the run; its mesh does not count.
       shape: of the base, with the run's dtypes.
       topology: of `load_topology`.
 
     Raises:
       MeshError: the mesh does not fit the slice or the model.
     """
-    run = lay_out(config, shape, make_mesh(config.mesh or "fsdp=-1", topology.devices))
+    run = lay_out(config, shape, widest_mesh(shape, topology.devices)[0])
     params, state, constants = run.placed()
     leaves = Leaves(state.adapters, state.adapter_state, constants)
     held = local_bytes((params, leaves))
@@ -87,5 +87,5 @@ def forecast_merge(config: TrainConfig, shape: DecoderConfig, topology: Topology
         peak_bytes_per_device=peak,
         temporary_bytes=most,
         largest_site=largest,
-        problem="" if over <= 0 else f"{needs}: merge with more fsdp or tensor in --mesh, or on a larger slice",
+        problem="" if over <= 0 else f"{needs}: merge on a larger slice, or with tensor in --mesh",
     )

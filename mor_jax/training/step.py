@@ -31,7 +31,7 @@ from mor_jax.optim import Rules, mean_penalty
 from mor_jax.training.accumulation import sum_micro_batches
 from mor_jax.training.backend import compiler_options
 from mor_jax.training.losses import chunked_cross_entropy, cross_entropy
-from mor_jax.training.mesh import batch_sharding, replicated
+from mor_jax.training.mesh import batch_sharding, put, replicated
 from mor_jax.training.sharding import on_mesh, shardings_of, spread
 
 Params = Mapping[str, Any]
@@ -236,7 +236,7 @@ def put_leaves(leaves: Leaves, plan: AdapterPlan, specs: Any, mesh: Mesh) -> Lea
     """The leaves on the devices of `mesh`, each where a step has it; of several processes each gives all of them."""
     trained = jax.tree.map_with_path(leaf_specs(plan, specs, mesh), leaves.params)
     rest = jax.tree.map(lambda _: PartitionSpec(), (leaves.state, leaves.constants))
-    return jax.device_put(leaves, shardings_of(Leaves(trained, *rest), mesh))
+    return jax.tree.map(put, leaves, shardings_of(Leaves(trained, *rest), mesh))
 
 
 def state_shardings(

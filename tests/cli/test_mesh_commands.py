@@ -3,6 +3,8 @@
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_bert
@@ -15,8 +17,10 @@ from mor_jax.cli.merge import run_batches
 from mor_jax.cli.opening import choose_devices, open_run
 from mor_jax.cli.options import MergeOptions
 from mor_jax.merging import least_squares
+from mor_jax.merging.calibration import shard_inputs
 from mor_jax.models import make_model
-from mor_jax.training.mesh import MeshError
+from mor_jax.training.mesh import MeshError, make_mesh
+from mor_jax.training.sharding import on_devices
 
 MESH = "data=2,fsdp=2,tensor=2"
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -80,10 +84,44 @@ def test_the_sums_of_a_calibration_are_split(run, tmp_path):
             assert array.sharding.shard_shape(array.shape)[1] == width // 8
 
 
+def test_sums_stay_where_they_are_on_a_mesh_that_the_user_divides(run):
+    """The axes of a plain `jax.make_mesh` are the user's to divide by; `least_squares` may be called under one."""
+    value = jnp.ones((8, 8))
+    with jax.set_mesh(jax.make_mesh((8,), ("x",))):
+        assert shard_inputs(value) is value
+    assert shard_inputs(value) is value
+    with on_devices(make_mesh("fsdp=8")):
+        assert shard_inputs(value).sharding.shard_shape((8, 8)) == (1, 8)
+
+
+@pytest.mark.parametrize("command", ["merge", "export", "eval", "generate"])
+def test_a_mesh_that_does_not_fit_is_refused(run, tmp_path, capsys, command):
+    told = {"eval": ["--data", "x.jsonl"], "generate": ["--prompt", "x"]}
+    words = told.get(command, ["--output-dir", str(tmp_path / "out")])
+    assert main([command, run, *words, "--mesh", "tensor=8"]) == 2
+    assert "tensor=8 does not divide 4 heads" in capsys.readouterr().err
+
+
+def test_rows_that_the_devices_do_not_share_are_refused(run):
+    live = open_run(run, mesh=MESH)
+    assert (live.padded_rows(1), live.padded_rows(4), live.padded_rows(5)) == (4, 4, 8)
+    with pytest.raises(MeshError, match="a batch of 3 rows: the devices need a multiple of 4"):
+        live.logits_fn()({"input_ids": np.zeros((3, 8), np.int32)})
+
+
+def test_a_batch_larger_than_all_rows_still_leaves_one_to_choose_by_and_one_to_report(run, tmp_path):
+    live = open_run(run, mesh="data=8")
+    for batches in run_batches(live, MergeOptions(run=run, output_dir=str(tmp_path), batches=2)):
+        assert [len(batch["input_ids"]) for batch in batches] == [8] * len(batches)
+        filled = [int((batch["segment_ids"] > 0).any(axis=1).sum()) for batch in batches]
+        assert max(filled) <= 4 or len(batches) > 1
+
+
 def test_an_export_is_verified_where_it_lies(run, tmp_path, capsys):
     words = ("--format", "safetensors", "--verify", "--output-dir", tmp_path / "MESH")
     split, _ = both(capsys, "export", run, *words)
     assert split["verified"] is True
+    assert split["max_logit_difference"] == 0
     ours, theirs = (load_file(tmp_path / name / "adapter.safetensors") for name in (MESH, "one"))
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(value, theirs[name]) for name, value in ours.items())

@@ -6,6 +6,7 @@ import json
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mor_jax import processes
 from mor_jax.models import hf
 from mor_jax.training import distributed
 from mor_jax.training.build import build_run
@@ -62,12 +63,12 @@ def main():
         own = 15 if args.process_id == 1 else None
         found = {
             "devices": [jax.local_device_count(), jax.device_count()],
-            "first": distributed.is_first(),
+            "first": processes.is_first(),
             "decided": distributed.first_decides(lambda: {"number": args.process_id}),
             "failed": _outcome(lambda: distributed.first_decides(_fail)),
             "same": _outcome(lambda: distributed.check_same_everywhere({"seed": 1})),
             "other": _outcome(lambda: distributed.check_same_everywhere({"seed": 1, "steps": args.process_id})),
-            "gathered": distributed.gathered({"x": sharded})["x"].tolist(),
+            "gathered": processes.gathered({"x": sharded})["x"].tolist(),
             "pulse": {name: int(value) for name, value in signals(own, batch).items()},
             "base": fingerprint(run.params),
             "hashes": batch_hashes(run),

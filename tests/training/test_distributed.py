@@ -9,6 +9,7 @@ import tiny_runs
 import two_processes
 from distributed_checks import batch_hashes
 
+from mor_jax import processes
 from mor_jax.cli.launch import leave
 from mor_jax.cli.main import main
 from mor_jax.data import make_iterator
@@ -55,14 +56,14 @@ def test_batches_have_the_same_hash_on_any_number_of_hosts(run, description, hos
 
 
 def test_a_process_alone_decides_for_itself_and_leaves_as_it_likes(run):
-    assert distributed.is_alone()
-    assert distributed.is_first()
+    assert processes.is_alone()
+    assert processes.is_first()
     assert distributed.first_decides(lambda: 3) == 3
     with pytest.raises(ValueError, match="no"):
         distributed.first_decides(lambda: int("no"))
-    distributed.barrier("nobody to wait for")
+    processes.barrier("nobody to wait for")
     distributed.check_same_everywhere({"seed": 1})
-    assert distributed.gathered(run.params) is not None
+    assert processes.gathered(run.params) is not None
     assert leave(3, None) is None
 
 
