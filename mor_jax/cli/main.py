@@ -280,7 +280,7 @@ def _report(error: Exception) -> int:
     code = exit_code(error)
     if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
         _say(
-            "out of memory: take a smaller batch or shorter rows, to train more --accumulate or --remat full, else more devices"
+            "out of memory: take a smaller batch, shorter rows or more devices; to train, --accumulate or --remat full"
         )
         return 3
     expected = hasattr(error, "exit_code") or isinstance(error, OSError)
