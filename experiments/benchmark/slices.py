@@ -57,10 +57,11 @@ CASES = {
 }
 LENGTH = 4096
 NOTE = f"""Rows of {LENGTH} tokens, bfloat16 base over `fsdp`, all linear maps adapted by the methods' defaults. Memory
-is the compiler's. Step times are roofline estimates, not measurements: the highest of three roofs. Attention is the
-splash kernel, whose operations are counted as if it skipped no block. The compiler's seconds are of one core; the share
-of the base is that of adapters, their gradients and moments over all chips. MFU is the estimate's: 4 N operations a
-token (forward, and backward to the activations), by the chips' peak and the estimated seconds."""
+is the compiler's, which counts gaps between buffers twice. Step times are roofline estimates, not measurements: the
+highest of three roofs. Attention is the splash kernel, whose operations are counted as if it skipped no block. The
+compiler's seconds are of one core; the share of the base is that of adapters, their gradients and moments over all
+chips. MFU is the estimate's: 4 N operations a token (forward, and backward to the activations), by the chips' peak and
+the estimated seconds."""
 OLDER = """Rows without a commit were compiled when a program that reads one layer of a stack in each turn of a loop was
 at times taken to read all of it: their memory roof is up to twice too high. It is the highest roof of none."""
 

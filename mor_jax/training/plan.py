@@ -45,7 +45,8 @@ class Forecast:
       peak_bytes_per_device: arguments, outputs that are not theirs, and temporaries.
       capacity_bytes: of one device.
       argument_bytes: base, adapters, optimiser state and batch.
-      temporary_bytes: everything alive only inside the step.
+      temporary_bytes: everything alive only inside the step, as the compiler tells it. TPU's counts the gaps between
+        buffers twice: a 405B step told to need 54.5 GiB compiled for a chip of 45.5.
       host_bytes: of those, what waits in the host's memory (`remat="offload"`).
       flops: matrix products of the whole step over all devices.
       bytes: memory traffic of one device.
