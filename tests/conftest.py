@@ -51,27 +51,12 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """Half the time where each program is compiled for a few calls, and nothing is about speed.
-
-    Neither optimisations of the machine code nor XLA's newer emitters of it. These are left out here alone: with the
-    optimisations, the older ones take several times as long for some programs.
-    """
+    """A third less time where each program is compiled for a few calls, and nothing is about speed."""
     import jax  # not above: the backend must not start before the flags are read
-    from jax._src import compiler  # nothing public sets an option of XLA for all programs but XLA_FLAGS, and for good
-
-    plain = getattr(compiler, "get_compile_options", None)  # where jax no longer has it, tests take longer
-
-    def with_older_emitters(*args, **kwargs):
-        options = plain(*args, **kwargs)
-        options.env_option_overrides = [*options.env_option_overrides, ("xla_cpu_use_fusion_emitters", False)]
-        return options
 
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
-    with pytest.MonkeyPatch.context() as patch:
-        if plain is not None:
-            patch.setattr(compiler, "get_compile_options", with_older_emitters)
-        yield
+    yield
     jax.config.update("jax_disable_most_optimizations", before)
 
 

@@ -18,13 +18,14 @@ from mor_jax.adapters import Leaves
 from mor_jax.injection import get_path
 from mor_jax.merging import merge
 from mor_jax.optim import plan_rules
-from mor_jax.training.build import base_config, build_run
+from mor_jax.training.build import base_config, build_run, widest_mesh
 from mor_jax.training.hlo import Traffic, measure_traffic
 from mor_jax.training.mesh import batch_sharding, make_mesh, put_batch
 from mor_jax.training.plan import Forecast, advice, forecast, gathered_stacks, needed_bytes, plan_step, roofline
 from mor_jax.training.plan_merge import forecast_merge
 from mor_jax.training.plan_search import REMATS
-from mor_jax.training.step import init_state, make_step
+from mor_jax.training.sharding import shardings_of
+from mor_jax.training.step import init_state, make_step, put_leaves
 from mor_jax.training.topology import (
     CHIPS,
     Topology,
@@ -157,13 +158,16 @@ def _axes(shape):
 
 
 def test_the_planned_merge_holds_what_the_merge_holds(run, trained):
+    """On the mesh that `mor merge` takes, whatever the run was trained on."""
     _, state, _ = trained
-    constants = trained[0].constants
-    leaves = Leaves(state.adapters, state.adapter_state, constants)
-    merged = merge(run.params, leaves, run.plan, {site.path: jnp.zeros(gates) for site, gates in _gates(run.plan)})
+    mesh, specs = widest_mesh(base_config(run.config), run.mesh.devices.ravel())
+    params = jax.device_put(run.params, shardings_of(specs, mesh))
+    leaves = Leaves(state.adapters, state.adapter_state, trained[0].constants)
+    leaves = put_leaves(leaves, run.plan, specs, mesh)
+    merged = merge(params, leaves, run.plan, {site.path: jnp.zeros(gates) for site, gates in _gates(run.plan)})
     new = [get_path(merged, adapted.kernel_path) for adapted in run.plan.sites]
     first = jax.devices()[0]
-    arrays = jax.tree.leaves((run.params, leaves, new))
+    arrays = jax.tree.leaves((params, leaves, new))
     held = sum(shard.data.nbytes for leaf in arrays for shard in leaf.addressable_shards if shard.device == first)
     topology = Topology("cpu:8", tuple(run.mesh.devices.ravel()), CHIPS["v5e"])
     found = forecast_merge(run.config, base_config(run.config), topology)
