@@ -72,12 +72,14 @@ def demo_subject(kept: Path, seed: int) -> Subject:
     if not (kept / "run" / "adapter").is_dir():
         run.fit(run.make_config("mor", parts["train"], kept / "run", seed))
     pieces = lambda rows: [{k: v[n :: run.PIECES] for k, v in rows.items()} for n in range(run.PIECES)]  # noqa: E731
-    return Subject(open_run(kept / "run"), pieces(parts["calibration"].rows), pieces(parts["held_out"].rows))
+    return Subject(
+        open_run(kept / "run", mesh="data=1"), pieces(parts["calibration"].rows), pieces(parts["held_out"].rows)
+    )
 
 
 def run_subject(folder: Path) -> Subject:
     """Any run of `mor train`, with the batches of `mor merge`."""
-    live = open_run(folder)
+    live = open_run(folder, mesh="data=1")
     return Subject(live, *merge_batches(live, load_tokenizer(live.directory), "", BATCHES))
 
 
@@ -190,8 +192,7 @@ def latency(subject: Subject, rank: int) -> dict[str, float]:
     }
     never = (-1,)  # all tokens are generated
     ready = {name: one.generate_fn(never, 0, max_new_tokens=NEW_TOKENS) for name, one in structures.items()}
-    size = live.padded_rows(PROMPTS), PROMPT_LENGTH
-    prompts = np.random.default_rng(0).integers(0, live.config.vocab_size, size).astype(np.int32)
+    prompts = np.random.default_rng(0).integers(0, live.config.vocab_size, (PROMPTS, PROMPT_LENGTH)).astype(np.int32)
     seconds: dict[str, list[float]] = {name: [] for name in ready}
     for repeat in range(REPEATS + 1):
         for name, generate in ready.items():

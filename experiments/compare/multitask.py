@@ -100,7 +100,7 @@ def written_accuracy(live: LiveModel, rows: Sequence[tasks.Row], tokenizer: Any)
     questions = [generation_question(dict(row), tokenizer, "row") for row in rows]
     run = live.generate_fn(ends, ends[0], max_new_tokens=8)
     decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
-    found, _ = exact_match(run, questions, decode, eos_ids=ends, batch_size=live.padded_rows(ROWS), pad_id=ends[0])
+    found, _ = exact_match(run, questions, decode, eos_ids=ends, batch_size=ROWS, pad_id=ends[0])
     return found["accuracy"]
 
 
@@ -139,7 +139,9 @@ class Comparison:
 
     def base(self) -> dict[str, Any]:
         """Accuracy of the untuned model."""
-        return self._cells.get("base", lambda: {"accuracy": measure(open_model(self._model), self.parts)})
+        return self._cells.get(
+            "base", lambda: {"accuracy": measure(open_model(self._model, mesh="data=1"), self.parts)}
+        )
 
     def tuned(self, method: str, rate: float, seed: int) -> dict[str, Any]:
         """`accuracy`, `validation_loss`, `trainable_parameters` and `tokens` of one run."""
@@ -166,7 +168,7 @@ class Comparison:
             )
             result = train(config)
             figures = {"trainable_parameters": result["trainable_parameters"], "validation_loss": result["eval_loss"]}
-            return {"accuracy": measure(open_run(run), self.parts)} | figures
+            return {"accuracy": measure(open_run(run, mesh="data=1"), self.parts)} | figures
 
         return self._cells.get(run.name, make)
 

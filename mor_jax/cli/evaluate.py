@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -29,6 +30,7 @@ from mor_jax.data import (
 )
 from mor_jax.evaluation import ChoiceQuestion, GenerationQuestion, choice, classification, exact_match, perplexity
 from mor_jax.models import EncoderConfig
+from mor_jax.training.distributed import check_same_everywhere
 
 
 def evaluate_command(options: EvalOptions) -> dict[str, Any]:
@@ -62,8 +64,14 @@ def _perplexity(model: LiveModel, tokenizer: Any, source: DataSource, options: E
     examples = load_examples([source], tokenizer, options.sequence_length)
     task = model.tasks.index(source.task) if source.task in model.tasks else 0
     count = min(len(examples), options.limit or len(examples))
+    _check_same(examples.tokens[: examples.offsets[count]].tobytes())
     metrics = perplexity(model.logits_fn(), _example_batches(examples, count, task, options))
     return metrics | {"examples": float(count), "truncated": float(examples.truncated)}
+
+
+def _check_same(records: bytes) -> None:
+    """Raises DistributedError where another process read other records, or has another tokenizer."""
+    check_same_everywhere({"the records in tokens": hashlib.sha256(records).hexdigest()})
 
 
 def _example_batches(
@@ -85,6 +93,7 @@ def _classification(model: LiveModel, tokenizer: Any, source: DataSource, option
     examples, _ = load_labelled([source], tokenizer, length, labels=config.labels)
     task = model.tasks.index(source.task) if source.task in model.tasks else 0
     count = min(len(examples), options.limit or len(examples))
+    _check_same(examples.tokens[: examples.offsets[count]].tobytes())
     metrics = classification(model.logits_fn(), _example_batches(examples, count, task, options), config.labels)
     return metrics | {"truncated": float(examples.truncated)}
 
@@ -102,6 +111,7 @@ def _field(record: dict[str, Any], where: str, names: tuple[str, ...], kind: typ
 
 def _choice(model: LiveModel, tokenizer: Any, source: DataSource, options: EvalOptions) -> dict[str, float]:
     questions = [choice_question(record, tokenizer, where) for where, record in _records(source, options.limit)]
+    _check_same(repr(questions).encode())
     return choice(model.logits_fn(), questions, batch_size=options.batch_size, max_length=options.sequence_length)
 
 
@@ -137,6 +147,7 @@ def choice_question(record: dict[str, Any], tokenizer: Any, where: str) -> Choic
 
 def _generation(model: LiveModel, tokenizer: Any, source: DataSource, options: EvalOptions) -> dict[str, float]:
     questions = [generation_question(record, tokenizer, where) for where, record in _records(source, options.limit)]
+    _check_same(repr(questions).encode())
     ends = end_ids(model.directory, tokenizer)
     pad = ends[0] if ends else 0
     run = model.generate_fn(ends, pad, max_new_tokens=options.max_new_tokens)

@@ -11,6 +11,7 @@ from mor_jax.cli.opening import end_ids, open_model
 from mor_jax.cli.options import GenerateOptions
 from mor_jax.data import load_tokenizer
 from mor_jax.evaluation import left_padded
+from mor_jax.training.distributed import check_same_everywhere
 
 
 def prompt_tokens(options: GenerateOptions, tokenizer: Any) -> list[int]:
@@ -50,6 +51,7 @@ def generate_command(options: GenerateOptions) -> dict[str, Any]:
     model.require_decoder("mor generate")
     tokenizer = load_tokenizer(model.directory)
     prompt = prompt_tokens(options, tokenizer)
+    check_same_everywhere({"the prompt in tokens": prompt})
     ends = end_ids(model.directory, tokenizer)
     run = model.generate_fn(
         ends,

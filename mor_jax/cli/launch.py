@@ -19,7 +19,8 @@ def on_all(launch: LaunchOptions, run: Callable[[], Any], described: Mapping[str
     Args:
       launch: how the others are found.
       run: the command.
-      described: what must be alike on all of them, name -> value of JSON's types.
+      described: what must be alike on all of them beside the versions, name -> value of JSON's types; None for a
+        command that finds out by itself.
 
     Raises:
       DistributedError, LostPeerError: the other processes cannot be joined, were told otherwise, or are gone.
@@ -28,17 +29,13 @@ def on_all(launch: LaunchOptions, run: Callable[[], Any], described: Mapping[str
         return run()
     from mor_jax.processes import is_first
     from mor_jax.training.distributed import check_same_everywhere, together
+    from mor_jax.training.run_folder import environment
 
     with together():
-        check_same_everywhere({"versions": _versions(), **(described or {})})
+        if described is not None:
+            check_same_everywhere({"versions": environment()["versions"], **described})
         result = run()
         return result if is_first() else None
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("mor_jax", "jax", "jaxlib", "flax", "numpy")}
 
 
 def is_peer() -> bool:

@@ -34,6 +34,7 @@ from mor_jax.processes import gathered
 from mor_jax.training.build import base_specs, widest_mesh
 from mor_jax.training.config import TrainConfig, load_config
 from mor_jax.training.distributed import check_same_everywhere
+from mor_jax.training.integrity import MANIFEST
 from mor_jax.training.mesh import MeshError, make_mesh, put_batch, row_ways
 from mor_jax.training.sharding import RULES, on_devices, shardings_of
 from mor_jax.training.step import put_leaves
@@ -112,8 +113,13 @@ class LiveModel:
             logits: Any = module.apply(variables, batch["input_ids"], batch["positions"], batch["segment_ids"], **extra)
             return logits
 
-        variables, mesh = self.variables, self.mesh
-        return lambda batch: run(variables, put_batch(batch, mesh))
+        variables = self.variables
+
+        def logits(batch: Mapping[str, np.ndarray]) -> jax.Array:
+            with self.on_devices():
+                return run(variables, put_batch(batch, self.mesh))
+
+        return logits
 
     def generate_fn(self, eos_ids: tuple[int, ...], pad_id: int, **options: Any) -> Callable[..., np.ndarray]:
         """(prompts (B, S) left-padded, mask (B, S)) -> new tokens (B, T); `options` are those of `generate`.
@@ -123,14 +129,15 @@ class LiveModel:
         self.require_decoder("generation")
         config = self.config
         assert isinstance(config, DecoderConfig)
-        apply_fn, variables, mesh = CachedForward(self.module), self.variables, self.mesh
+        apply_fn, variables = CachedForward(self.module), self.variables
 
         def run(prompts: np.ndarray, mask: np.ndarray) -> np.ndarray:
             rows, length = prompts.shape
-            cache = _cache_maker(config, rows, length + options["max_new_tokens"], mesh)()
-            on_mesh = put_batch({"prompts": prompts, "mask": mask}, mesh)
-            tokens = on_mesh["prompts"], on_mesh["mask"]
-            new = generate(apply_fn, variables, cache, *tokens, eos_ids=eos_ids, pad_id=pad_id, **options)
+            cache = _cache_maker(config, rows, length + options["max_new_tokens"], self.mesh)()
+            placed = put_batch({"prompts": prompts, "mask": mask}, self.mesh)
+            tokens = placed["prompts"], placed["mask"]
+            with self.on_devices():
+                new = generate(apply_fn, variables, cache, *tokens, eos_ids=eos_ids, pad_id=pad_id, **options)
             return np.asarray(gathered(new))
 
         return run
@@ -218,7 +225,7 @@ def at_rank(live: LiveModel, rank: int) -> LiveModel:
 
 def open_run(path: str | Path, dtype: str | None = None, mesh: str = "") -> LiveModel:
     """The base of a run with its trained adapter; arguments and errors as of `open_model`."""
-    from mor_jax.training.adapter_file import load_adapter, read_description
+    from mor_jax.training.adapter_file import load_adapter
     from mor_jax.training.classification import classifier_config, load_base
 
     run = Path(path)
@@ -231,8 +238,8 @@ def open_run(path: str | Path, dtype: str | None = None, mesh: str = "") -> Live
     base = read_config(train.model)
     base = dataclasses.replace(base, dtype=dtype or train.dtype, param_dtype=stored, scan_layers=train.scan_layers)
     config = classifier_config(base, train.labels) if isinstance(base, EncoderConfig) and train.labels else base
-    files = {"adapter/adapter.json": read_description(run / "adapter"), "config.json": repr(config)}
-    check_same_everywhere(files)
+    manifest = (run / "adapter" / MANIFEST).read_text(encoding="utf-8")  # with the checksums of the other files
+    check_same_everywhere({f"adapter/{MANIFEST}": manifest, "config.json": repr(config)})
     devices, specs = choose_devices(config, mesh)
     params = load_base(train, base, config, shardings_of(specs, devices))
     example = jax.ShapeDtypeStruct((1, 8), jnp.int32)

@@ -52,7 +52,7 @@ class GenerateOptions:
     top_p: float = 1.0  # sampling keeps the likeliest tokens of this total probability
     chat: bool = False  # the prompt is a user's message for the tokenizer's chat template
     seed: int = 0  # of sampling
-    mesh: str = ""  # data=2,fsdp=4,tensor=2; empty: every accelerator, on fsdp as far as the model divides
+    mesh: str = ""  # as in `mor eval`; data=1 is fastest where one device holds the model
     dtype: Literal["float32", "bfloat16"] | None = None  # of the computation; the run's own, or float32
 
 

@@ -362,7 +362,7 @@ def shard_inputs(value: Array) -> Array:
     """
     mesh = jax.sharding.get_abstract_mesh()
     left_to_compiler = not mesh.empty and all(kind == AxisType.Auto for kind in mesh.axis_types)
-    if not left_to_compiler or value.ndim < 2 or value.shape[-2] % mesh.size:
+    if not left_to_compiler or value.ndim < 2 or value.shape[-1] == 1 or value.shape[-2] % mesh.size:
         return value
     split = PartitionSpec(*(None,) * (value.ndim - 2), mesh.axis_names)
     return jax.lax.with_sharding_constraint(value, split)

@@ -156,10 +156,20 @@ def factorize(change: np.ndarray, second_moment: np.ndarray, rank: int) -> tuple
 
 def _factorize_once(change: Array, second_moment: Array, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """``factorize`` in float32, by process 0 for all: other hosts' libraries may turn or flip the vectors."""
-    pair = np.zeros((change.shape[0], rank), np.float32), np.zeros((rank, change.shape[1]), np.float32)
+    failure, nothing = None, np.float32("nan")
+    pair = np.full((change.shape[0], rank), nothing), np.full((rank, change.shape[1]), nothing)
     if is_first():
-        pair = tuple(part.astype(np.float32) for part in factorize(np.asarray(change), np.asarray(second_moment), rank))
-    return from_first(pair)
+        try:
+            found = factorize(np.asarray(change), np.asarray(second_moment), rank)
+            pair = tuple(part.astype(np.float32) for part in found)
+        except (ValueError, np.linalg.LinAlgError) as error:  # the others wait for what comes next
+            failure = error
+    pair = from_first(pair)
+    if failure is not None:
+        raise failure
+    if np.isnan(pair[0]).all():
+        raise FloatingPointError("process 0 could not factorise a change: its own log says why")
+    return pair
 
 
 def refactor(calibration: Calibration, leaves: Leaves, plan: AdapterPlan, rank: int) -> tuple[AdapterPlan, Leaves]:

@@ -104,7 +104,8 @@ def load_adapter(
       **kwargs: more example inputs, by name.
 
     Returns:
-      (plan, leaves, metadata): the leaves are NumPy's arrays, the metadata the fields of `adapter.json`.
+      (plan, leaves, metadata): what was saved are NumPy's arrays, for `jax.device_put`; the metadata are the fields of
+      `adapter.json`.
 
     Raises:
       IntegrityError: a file fails its check.

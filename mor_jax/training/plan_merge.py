@@ -87,5 +87,5 @@ def forecast_merge(config: TrainConfig, shape: DecoderConfig, topology: Topology
         peak_bytes_per_device=peak,
         temporary_bytes=most,
         largest_site=largest,
-        problem="" if over <= 0 else f"{needs}: merge on a larger slice, or with tensor in --mesh",
+        problem="" if over <= 0 else f"{needs}: merge on a larger slice, or by `mor merge --mesh` with tensor",
     )

@@ -30,7 +30,8 @@ class Chip:
       link_bandwidth: interconnect bytes a second out of one JAX device, over all its links.
       accelerator: pattern of the accelerator type that the compiler asks for; `{chips}` or `{cores}` is filled in.
       devices_per_chip: JAX devices of a chip.
-      torus: slices whose axes are all multiples of 4 are tori: each axis has links from its end to its start.
+      torus: slices whose axes are all multiples of 4 are compiled for as tori: each axis has links from its end to its
+        start (of v5p Google's pages say so).
     """
 
     capacity_bytes: int
@@ -51,8 +52,6 @@ CHIPS = {
     "v6e": Chip(32 * _GIB, 918e12, 1.640e12, 448e9, "v6e-{chips}"),
     "tpu7x": Chip(96 * _GIB, 1153e12, 3.690e12, 600e9, "tpu7x-{cores}", devices_per_chip=2),
 }
-
-
 _CUBE = 4  # chips along each axis of the cubes that tori are made of
 
 

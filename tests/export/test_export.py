@@ -121,12 +121,16 @@ def test_an_export_of_another_model_is_found(scanned, reader):
 
 def test_the_tolerance_grows_where_a_model_magnifies_rounding():
     """Logits of 1e4 are a thousandth apart in float32 whatever one does; those of 1 are not."""
+    plain, gemma = (dataclasses.replace(CONFIG, norm_unit_offset=offset) for offset in (False, True))
     live = lambda params: 1e4 * params["norm"]["scale"]  # noqa: E731
     for scale, apart, verified in ((1.0, 5e-3, True), (1.0, 5e-2, False), (1e-4, 5e-5, True), (1e-4, 5e-4, False)):
         params = {"norm": {"scale": jnp.full((3,), scale)}}
-        assert verify._compare(live(params) + apart, live, params, TOLERANCE, "mor_jax").verified is verified
-    broken = verify._compare(live(params) * np.nan, live, params, TOLERANCE, "mor_jax")
+        assert verify._compare(live(params) + apart, live, (params, plain), TOLERANCE, "mor_jax").verified is verified
+    broken = verify._compare(live(params) * np.nan, live, (params, plain), TOLERANCE, "mor_jax")
     assert (broken.verified, broken.tolerance) == (False, TOLERANCE)
+    params, live = {"norm": {"scale": jnp.zeros((3,))}}, lambda params: 1e4 * (1 + params["norm"]["scale"])
+    assert verify._compare(live(params) + 5e-3, live, (params, gemma), TOLERANCE, "mor_jax").verified
+    assert not verify._compare(live(params) + 5e-3, live, (params, plain), TOLERANCE, "mor_jax").verified
 
 
 def test_a_folder_that_is_there_and_another_models_source_are_refused(scanned, tmp_path):

@@ -100,7 +100,7 @@ def fit(config: TrainConfig) -> Fitted:
     from mor_jax.training.loop import train
 
     result = train(config)
-    live = open_run(config.output_dir)
+    live = open_run(config.output_dir, mesh="data=1")
     return Fitted(
         live=live,
         forward=measure.Forward(live.config, live.plan),
@@ -184,7 +184,7 @@ def run_demo(output_dir: str, seed: int = 0) -> dict[str, Any]:
 
     started, folder = time.monotonic(), check_output(output_dir)
     parts = prepare(folder / "data", seed)
-    rows, base = parts["held_out"].rows, open_model(BASE)
+    rows, base = parts["held_out"].rows, open_model(BASE, mesh="data=1")
     plain = measure.Forward(base.config)
     summary: dict[str, Any] = {
         "base_accuracy": measure.accuracy(plain.logits(base.variables, rows), rows, NAMES),
