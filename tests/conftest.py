@@ -1,6 +1,7 @@
 """Eight virtual CPU devices and a cache of compiled programs for every test; set before jax starts its backend."""
 
 import os
+import sys
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -47,6 +48,18 @@ def pytest_runtest_setup(item):
 
         if jax.default_backend() != "gpu":
             pytest.skip(f"needs a GPU: jax computes on {jax.default_backend()}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def released_programs():
+    """What a module compiled is let go after it.
+
+    Each program takes several memory maps, of which Linux gives a process 65,530: with the programs of all tests XLA
+    fails to get one, and the process dies.
+    """
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture(scope="module")
