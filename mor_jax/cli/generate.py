@@ -61,8 +61,7 @@ def generate_command(options: GenerateOptions) -> dict[str, Any]:
         top_p=options.top_p,
         key=jax.random.key(options.seed),
     )
-    with model.on_devices():
-        rows = model.padded_rows(1)
-        new = run(*left_padded([prompt] * rows, rows, len(prompt)))[0].tolist()
+    rows = model.padded_rows(1)
+    new = run(*left_padded([prompt] * rows, rows, len(prompt)))[0].tolist()
     stop = next((place for place, token in enumerate(new, 1) if token in ends), len(new))
     return {"text": tokenizer.decode(new[:stop], skip_special_tokens=True), "tokens": stop}

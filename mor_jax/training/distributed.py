@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -206,6 +207,24 @@ def check_same_everywhere(described: Mapping[str, Any]) -> None:
                 f"process {jax.process_index()}: {name}={own.get(name)!r} and process 0 has {wanted.get(name)!r}: start"
                 " all processes with the same flags, files and versions"
             )
+
+
+def check_same_content(name: str, parts: Iterable[Any]) -> None:
+    """Returns when all processes have the same bytes, by their hash; a process that is alone reads none of them.
+
+    Args:
+      name: what they are, for the message.
+      parts: bytes or contiguous arrays, in order.
+
+    Raises:
+      DistributedError: on the processes that differ from process 0.
+    """
+    if is_alone():
+        return
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    check_same_everywhere({name: found.hexdigest()})
 
 
 class Pulse:
