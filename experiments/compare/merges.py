@@ -29,7 +29,6 @@ import tables
 from mor_jax.cli.calibration import Batches, merge_batches
 from mor_jax.cli.demo import run
 from mor_jax.cli.opening import LiveModel, open_run
-from mor_jax.data import load_tokenizer
 from mor_jax.merging import (
     compare_logits,
     language_model_call,
@@ -80,7 +79,7 @@ def demo_subject(kept: Path, seed: int) -> Subject:
 def run_subject(folder: Path) -> Subject:
     """Any run of `mor train`, with the batches of `mor merge`."""
     live = open_run(folder, mesh="data=1")
-    return Subject(live, *merge_batches(live, load_tokenizer(live.directory), "", BATCHES))
+    return Subject(live, *merge_batches(live, live.tokenization(), "", BATCHES))
 
 
 class Judge:

@@ -26,8 +26,8 @@ import tasks
 from variants import METHODS, slug
 
 from mor_jax.cli.evaluate import generation_question
-from mor_jax.cli.opening import LiveModel, end_ids, open_model, open_run
-from mor_jax.data import load_tokenizer
+from mor_jax.cli.opening import LiveModel, open_model, open_run
+from mor_jax.data import Tokenization
 from mor_jax.evaluation.generation import exact_match, left_padded
 from mor_jax.models import init_cache
 from mor_jax.training.config import TrainConfig
@@ -77,13 +77,13 @@ class OptionScorer:
 
         return jax.lax.map(score, options).T
 
-    def accuracy(self, rows: Sequence[tasks.Row], tokenizer: Any) -> float:
+    def accuracy(self, rows: Sequence[tasks.Row], tokenization: Tokenization) -> float:
         """Share of the rows whose right option is the likeliest; the options of all rows are the same."""
         texts = list(rows[0]["options"])
-        encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        encoded = [tokenization.encode_behind(rows[0]["prompt"], text) for text in texts]
         width = max(map(len, encoded))
         options = np.array([own + [-1] * (width - len(own)) for own in encoded], np.int32)
-        prompts = [generation_question(dict(row), tokenizer, "row").prompt for row in rows]
+        prompts = [generation_question(dict(row), tokenization, "row").prompt for row in rows]
         length = -(-max(map(len, prompts)) // 32) * 32
         right = 0
         for start in range(0, len(rows), ROWS):
@@ -94,24 +94,24 @@ class OptionScorer:
         return right / len(rows)
 
 
-def written_accuracy(live: LiveModel, rows: Sequence[tasks.Row], tokenizer: Any) -> float:
+def written_accuracy(live: LiveModel, rows: Sequence[tasks.Row], tokenization: Tokenization) -> float:
     """Exact match of greedy text."""
-    ends = end_ids(live.directory, tokenizer)
-    questions = [generation_question(dict(row), tokenizer, "row") for row in rows]
+    ends = tokenization.stop
+    questions = [generation_question(dict(row), tokenization, "row") for row in rows]
     run = live.generate_fn(ends, ends[0], max_new_tokens=8)
-    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
+    decode = lambda ids: tokenization.tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
     found, _ = exact_match(run, questions, decode, eos_ids=ends, batch_size=ROWS, pad_id=ends[0])
     return found["accuracy"]
 
 
 def measure(live: LiveModel, parts: Mapping[str, Mapping[str, list[tasks.Row]]]) -> dict[str, float]:
     """Accuracy on the test rows of each task, and their `mean`."""
-    tokenizer, scorer = load_tokenizer(live.directory), OptionScorer(live)
+    tokenization, scorer = live.tokenization(), OptionScorer(live)
     found = {}
     for name, own in parts.items():
         closed = own["test"][0]["options"] is not None
         found[name] = (
-            scorer.accuracy(own["test"], tokenizer) if closed else written_accuracy(live, own["test"], tokenizer)
+            scorer.accuracy(own["test"], tokenization) if closed else written_accuracy(live, own["test"], tokenization)
         )
     return found | {"mean": statistics.mean(found.values())}
 

@@ -11,18 +11,19 @@ from typing import Any
 import numpy as np
 
 from mor_jax.cli.flags import UsageError
-from mor_jax.cli.opening import LiveModel, at_rank, end_ids, open_model
+from mor_jax.cli.opening import LiveModel, at_rank, open_model
 from mor_jax.cli.options import EvalOptions
 from mor_jax.data import (
     DataError,
     DataSource,
     Examples,
+    Tokenization,
+    as_tokenization,
     build_row,
     check_unicode,
     encode_record,
     load_examples,
     load_labelled,
-    load_tokenizer,
     parse_source,
     read_records,
     stack_rows,
@@ -51,18 +52,20 @@ def evaluate_command(options: EvalOptions) -> dict[str, Any]:
     source = parse_source(options.data)
     model = at_rank(open_model(options.model, options.dtype, options.mesh), options.rank)
     options = dataclasses.replace(options, batch_size=model.padded_rows(options.batch_size))
-    tokenizer = load_tokenizer(model.directory)
+    tokenization = model.tokenization()
     if options.task != "classification":
         model.require_decoder(f"--task {options.task}")
     measures = {"perplexity": _perplexity, "choice": _choice, "generation": _generation}
     measure = measures.get(options.task, _classification)
     with model.on_devices():
-        metrics = measure(model, tokenizer, source, options)
+        metrics = measure(model, tokenization, source, options)
     return {"metrics": metrics, "task": options.task, "data": options.data}
 
 
-def _perplexity(model: LiveModel, tokenizer: Any, source: DataSource, options: EvalOptions) -> dict[str, float]:
-    examples = load_examples([source], tokenizer, options.sequence_length)
+def _perplexity(
+    model: LiveModel, tokenization: Tokenization, source: DataSource, options: EvalOptions
+) -> dict[str, float]:
+    examples = load_examples([source], tokenization, options.sequence_length)
     task = model.tasks.index(source.task) if source.task in model.tasks else 0
     count = min(len(examples), options.limit or len(examples))
     check_same_content(TOLD, [examples.tokens[: examples.offsets[count]]])
@@ -81,12 +84,14 @@ def _example_batches(
         yield {**batch, "task_ids": np.full_like(batch["task_ids"], task)}
 
 
-def _classification(model: LiveModel, tokenizer: Any, source: DataSource, options: EvalOptions) -> dict[str, float]:
+def _classification(
+    model: LiveModel, tokenization: Tokenization, source: DataSource, options: EvalOptions
+) -> dict[str, float]:
     config = model.config
     if not isinstance(config, EncoderConfig) or config.head == "none":
         raise UsageError(f"{options.model} has no classification head; give a classifier, or a run that trained one")
     length = min(options.sequence_length, config.max_length)
-    examples, _ = load_labelled([source], tokenizer, length, labels=config.labels)
+    examples, _ = load_labelled([source], tokenization.tokenizer, length, labels=config.labels)
     task = model.tasks.index(source.task) if source.task in model.tasks else 0
     count = min(len(examples), options.limit or len(examples))
     check_same_content(TOLD, [examples.tokens[: examples.offsets[count]]])
@@ -105,8 +110,8 @@ def _field(record: dict[str, Any], where: str, names: tuple[str, ...], kind: typ
     raise DataError(f"{where}: needs the field {' or '.join(names)}; has {', '.join(record) or 'none'}")
 
 
-def _choice(model: LiveModel, tokenizer: Any, source: DataSource, options: EvalOptions) -> dict[str, float]:
-    questions = [choice_question(record, tokenizer, where) for where, record in _records(source, options.limit)]
+def _choice(model: LiveModel, tokenization: Tokenization, source: DataSource, options: EvalOptions) -> dict[str, float]:
+    questions = [choice_question(record, tokenization, where) for where, record in _records(source, options.limit)]
     check_same_content(TOLD, [repr(questions).encode()])
     return choice(model.logits_fn(), questions, batch_size=options.batch_size, max_length=options.sequence_length)
 
@@ -114,7 +119,8 @@ def _choice(model: LiveModel, tokenizer: Any, source: DataSource, options: EvalO
 def choice_question(record: dict[str, Any], tokenizer: Any, where: str) -> ChoiceQuestion:
     """The question in {"prompt": text, "options": [text, ...], "answer": index or text, "task": name (may be absent)}.
 
-    `question` and `choices` are taken for `prompt` and `options`. An option is tokenised by itself, as it is written.
+    `question` and `choices` are taken for `prompt` and `options`. Prompt and option are tokenised together
+    and cut as evaluation harnesses do (`Tokenization.encode_choice`).
 
     Raises:
       DataError: a field is missing or not Unicode text, or the answer is not among the options.
@@ -129,11 +135,15 @@ def choice_question(record: dict[str, Any], tokenizer: Any, where: str) -> Choic
         if answer not in texts:
             raise DataError(f"{where}: the answer {answer!r} is not among the options; give its index or its text")
         answer = texts.index(answer)
-    encoded = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    tokenization = as_tokenization(tokenizer)
+    pairs = [tokenization.encode_choice(prompt, text) for text in texts]
+    prompts = [tuple(before) for before, _ in pairs]
     try:
         return ChoiceQuestion(
-            prompt=tuple(tokenizer(prompt)["input_ids"]),
-            options=tuple(encoded),
+            prompt=prompts[0] if prompts else (),
+            options=tuple(tuple(own) for _, own in pairs),
+            prompts=tuple(prompts) if len(set(prompts)) > 1 else (),
+            option_bytes=tuple(len(text.encode()) for text in texts),
             answer=answer,
             task=str(record.get("task", "default")),
         )
@@ -141,13 +151,15 @@ def choice_question(record: dict[str, Any], tokenizer: Any, where: str) -> Choic
         raise DataError(f"{where}: {error}") from error
 
 
-def _generation(model: LiveModel, tokenizer: Any, source: DataSource, options: EvalOptions) -> dict[str, float]:
-    questions = [generation_question(record, tokenizer, where) for where, record in _records(source, options.limit)]
+def _generation(
+    model: LiveModel, tokenization: Tokenization, source: DataSource, options: EvalOptions
+) -> dict[str, float]:
+    questions = [generation_question(record, tokenization, where) for where, record in _records(source, options.limit)]
     check_same_content(TOLD, [repr(questions).encode()])
-    ends = end_ids(model.directory, tokenizer)
+    ends = tokenization.stop
     pad = ends[0] if ends else 0
     run = model.generate_fn(ends, pad, max_new_tokens=options.max_new_tokens)
-    decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
+    decode = functools.partial(tokenization.tokenizer.decode, skip_special_tokens=True)
     metrics, _ = exact_match(run, questions, decode, eos_ids=ends, batch_size=options.batch_size, pad_id=pad)
     return metrics
 
@@ -158,12 +170,15 @@ def generation_question(record: dict[str, Any], tokenizer: Any, where: str) -> G
     Raises:
       DataError: the record has no prompt and answer.
     """
-    encoded = encode_record(record, tokenizer, where)
-    if encoded.prompt_length < 1:
+    tokenization = as_tokenization(tokenizer)
+    encoded = encode_record(record, tokenization, where)
+    if encoded.prompt_length < 1 or not encoded.learned.any():
         raise DataError(f"{where}: generation needs a prompt and an answer; use prompt + completion or messages")
-    answer = encoded.tokens[encoded.prompt_length :].tolist()
+    answer = encoded.tokens[encoded.prompt_length :]
+    later = np.flatnonzero(~encoded.learned[encoded.prompt_length :])  # a conversation may go on
+    answer = answer[: later[0]] if len(later) else answer
     return GenerationQuestion(
         prompt=tuple(encoded.tokens[: encoded.prompt_length].tolist()),
-        reference=tokenizer.decode(answer, skip_special_tokens=True),
+        reference=tokenization.tokenizer.decode(answer.tolist(), skip_special_tokens=True),
         task=str(record.get("task", "default")),
     )

@@ -128,11 +128,20 @@ def _reading(name: str, kind: Any) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     if origin is tuple and name in PATH_LISTS:
         return {"action": "extend", "nargs": "+", "metavar": "[TASK=]PATH[:WEIGHT]"}
+    if origin is tuple and arguments[0] is int:
+        return {"type": _whole_numbers, "metavar": "N,N"}
     if origin is tuple:
         return {"type": split_list, "metavar": "A,B"}
     if origin is dict:
         return {"type": _options_argument, "metavar": "NAME=VALUE,..."}
     return {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "TEXT")}
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in split_list(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected whole numbers between commas, got {text!r}") from error
 
 
 def _options_argument(text: str) -> dict[str, Any]:

@@ -7,30 +7,29 @@ from typing import Any
 import jax
 
 from mor_jax.cli.flags import UsageError
-from mor_jax.cli.opening import end_ids, open_model
+from mor_jax.cli.opening import open_model
 from mor_jax.cli.options import GenerateOptions
-from mor_jax.data import load_tokenizer
+from mor_jax.data import Tokenization
 from mor_jax.evaluation import left_padded
 from mor_jax.training.distributed import check_same_everywhere
 
 
-def prompt_tokens(options: GenerateOptions, tokenizer: Any) -> list[int]:
+def prompt_tokens(options: GenerateOptions, tokenization: Tokenization) -> list[int]:
     """The prompt in tokens, as a user's message of the chat template with `chat`.
 
     Raises:
       UsageError: the prompt is empty, or the tokenizer has no chat template.
     """
     if not options.chat:
-        tokens = tokenizer(options.prompt)["input_ids"]
-    elif tokenizer.chat_template is None:
+        tokens = tokenization.encode_prompt(options.prompt)
+    elif not tokenization.template:
         raise UsageError(f"--chat: the tokenizer of {options.model} has no chat template; leave --chat out")
     else:
         message = [{"role": "user", "content": options.prompt}]
-        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        tokens = tokenization.encode(tokenization.render(message, add_generation_prompt=True))
     if not tokens:
         raise UsageError("--prompt is empty and the tokenizer adds no start token; give some text")
-    return list(tokens)
+    return tokens
 
 
 def generate_command(options: GenerateOptions) -> dict[str, Any]:
@@ -49,10 +48,10 @@ def generate_command(options: GenerateOptions) -> dict[str, Any]:
         raise UsageError(f"--top-p must be in (0, 1], got {options.top_p}")
     model = open_model(options.model, options.dtype, options.mesh)
     model.require_decoder("mor generate")
-    tokenizer = load_tokenizer(model.directory)
-    prompt = prompt_tokens(options, tokenizer)
+    tokenization = model.tokenization()
+    prompt = prompt_tokens(options, tokenization)
     check_same_everywhere({"the prompt in tokens": prompt})
-    ends = end_ids(model.directory, tokenizer)
+    ends = tokenization.stop
     run = model.generate_fn(
         ends,
         pad_id=ends[0] if ends else 0,
@@ -64,4 +63,4 @@ def generate_command(options: GenerateOptions) -> dict[str, Any]:
     rows = model.padded_rows(1)
     new = run(*left_padded([prompt] * rows, rows, len(prompt)))[0].tolist()
     stop = next((place for place, token in enumerate(new, 1) if token in ends), len(new))
-    return {"text": tokenizer.decode(new[:stop], skip_special_tokens=True), "tokens": stop}
+    return {"text": tokenization.tokenizer.decode(new[:stop], skip_special_tokens=True), "tokens": stop}

@@ -13,7 +13,7 @@ from mor_jax.cli.calibration import Batches, merge_batches
 from mor_jax.cli.flags import UsageError, parse_options
 from mor_jax.cli.opening import LiveModel, at_rank, open_run
 from mor_jax.cli.options import ExportOptions, MergeOptions
-from mor_jax.data import DataError, load_tokenizer
+from mor_jax.data import DataError
 from mor_jax.export import export_hf, probe_tokens
 from mor_jax.injection import AdapterPlan
 from mor_jax.merging import (
@@ -92,7 +92,7 @@ def run_batches(live: LiveModel, options: MergeOptions | ExportOptions) -> tuple
     assert live.plan is not None
     if options.batches < 1:
         raise UsageError(f"--batches must be at least 1, got {options.batches}")
-    tokenizer = load_tokenizer(live.directory)
+    tokenizer = live.tokenization()
     try:
         found = merge_batches(live, tokenizer, options.calibration, options.batches)
     except DataError as error:

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 from mor_jax.adapters import AdapterInputs, Leaves
 from mor_jax.cli.flags import UsageError
+from mor_jax.data import Tokenization, read_tokenization
 from mor_jax.injection import Adapted, AdapterPlan, cut_to_rank
 from mor_jax.models import (
     CachedForward,
@@ -31,7 +32,7 @@ from mor_jax.models import (
     read_config,
 )
 from mor_jax.processes import gathered
-from mor_jax.training.build import base_specs, widest_mesh
+from mor_jax.training.build import base_specs, recorded_tokens, widest_mesh
 from mor_jax.training.config import TrainConfig, load_config
 from mor_jax.training.distributed import check_same_everywhere
 from mor_jax.training.integrity import MANIFEST
@@ -84,6 +85,14 @@ class LiveModel:
     def tasks(self) -> tuple[str, ...]:
         """The names of the tasks that the adapter was trained on, in the order of their ids."""
         return tuple(self.metadata.get("tasks", ()))
+
+    def tokenization(self) -> Tokenization:
+        """The tokenizer with what the run decided about tokens, or what the directory's files say.
+
+        Raises:
+          DataError: there is no readable tokenizer.
+        """
+        return read_tokenization(self.directory, **({} if self.train is None else recorded_tokens(self.train)))
 
     def on_devices(self) -> contextlib.AbstractContextManager[None]:
         """Within it everything is computed on the model's devices."""
@@ -246,16 +255,3 @@ def open_run(path: str | Path, dtype: str | None = None, mesh: str = "") -> Live
     plan, leaves, metadata = load_adapter(run / "adapter", make_model(config), params, example)
     leaves = put_leaves(leaves, plan, specs, devices)
     return LiveModel(Path(train.model), config, params, devices, run, train, plan, leaves, metadata)
-
-
-def end_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end a text: those of `generation_config.json`, else the tokenizer's own."""
-    from mor_jax.models.hf_config import read_json
-
-    named: Any = None
-    for name in ("generation_config.json", "config.json"):
-        if named is None and (directory / name).is_file():
-            named = read_json(directory / name).get("eos_token_id")
-    found = named if isinstance(named, list) else [named]
-    ids = {*found, tokenizer.eos_token_id} - {None}
-    return tuple(sorted(int(token) for token in ids))

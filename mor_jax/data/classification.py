@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from mor_jax.data.chat import Encoded
 from mor_jax.data.examples import OVERLONG, Examples, ExampleWriter, Overlong, SourceCounts
-from mor_jax.data.records import Encoded, check_unicode
 from mor_jax.data.sources import DataError, DataSource, read_records
+from mor_jax.data.tokenization import check_unicode
 
 TEXT_FIELDS = (("text",), ("sentence",), ("sentence1", "sentence2"), ("sentence1",))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import mmap
 import os
 import tempfile
@@ -20,9 +21,12 @@ from typing import IO, Any, Literal
 
 import numpy as np
 
-from mor_jax.data.records import Encoded, encode_record
+from mor_jax.data.chat import Encoded
+from mor_jax.data.records import encode_record
 from mor_jax.data.sources import DataError, DataSource, read_records
+from mor_jax.data.tokenization import Tokenization, as_tokenization
 
+_LOGGER = logging.getLogger(__name__)
 Overlong = Literal["truncate", "drop", "error"]
 OVERLONG = ("truncate", "drop", "error")
 
@@ -37,6 +41,7 @@ class SourceCounts:
       truncated: Over-long examples that lost their end.
       dropped: Over-long examples left out, by choice or since nothing to learn was left within the length.
       empty: Examples without a token to learn.
+      shortened: Conversations of which the chat template does not show all that the assistant says.
     """
 
     read: int = 0
@@ -44,6 +49,7 @@ class SourceCounts:
     truncated: int = 0
     dropped: int = 0
     empty: int = 0
+    shortened: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +128,7 @@ def load_examples(
 
     Args:
       sources: What to read, in this order.
-      tokenizer: A fast Hugging Face tokenizer.
+      tokenizer: A `Tokenization`, or a fast Hugging Face tokenizer.
       max_length: The most tokens an example may have.
       overlong: What happens to longer ones: `truncate` keeps the first `max_length` tokens, `drop` leaves them out
         (both are counted), `error` stops.
@@ -143,6 +149,7 @@ def load_examples(
         raise ValueError(f"overlong must be one of {', '.join(OVERLONG)}, got {overlong!r}")
     if not sources:
         raise DataError("no data was named; give at least one [TASK=]PATH[:WEIGHT]")
+    tokenization = as_tokenization(tokenizer)
     names = tuple(tasks) if tasks is not None else tuple(dict.fromkeys(source.task for source in sources))
     counts = []
     with tempfile.TemporaryFile(dir=scratch) as tokens, tempfile.TemporaryFile(dir=scratch) as learned:
@@ -153,17 +160,18 @@ def load_examples(
                     f"{source.path}: the task {source.task!r} is not one of {', '.join(names)}; write TASK=PATH"
                 )
             keep = functools.partial(writer.add, index)
-            counts.append(_load_source(source, tokenizer, max_length, overlong, keep))
+            counts.append(_load_source(source, tokenization, max_length, overlong, keep))
         return writer.finish(tuple(sources), names, tuple(counts))
 
 
 def _load_source(
-    source: DataSource, tokenizer: Any, max_length: int, overlong: str, keep: Callable[[Encoded], None]
+    source: DataSource, tokenization: Tokenization, max_length: int, overlong: str, keep: Callable[[Encoded], None]
 ) -> SourceCounts:
-    kept = read = truncated = dropped = empty = 0
+    kept = read = truncated = dropped = empty = shortened = said = hidden = 0
     for where, record in read_records(source):
         read += 1
-        example = encode_record(record, tokenizer, where)
+        example = encode_record(record, tokenization, where)
+        said, hidden, shortened = said + example.said, hidden + example.hidden, shortened + (example.hidden > 0)
         if not example.learned[1:].any():  # nothing predicts the first token
             empty += 1
             continue
@@ -186,7 +194,13 @@ def _load_source(
             f"{source.path}: none of its {read} examples can be used: {dropped} are over {max_length} tokens,"
             f" {empty} have nothing to learn; raise the sequence length or mend the file"
         )
-    return SourceCounts(read, kept, truncated, dropped, empty)
+    if shortened:
+        _LOGGER.warning(
+            "%s: %d of %d examples: the chat template cuts %d of %d characters of the answers away (reasoning before"
+            " </think>, for example), which are not learned",
+            *(source.path, shortened, read, hidden, said),
+        )
+    return SourceCounts(read, kept, truncated, dropped, empty, shortened)
 
 
 class ExampleWriter:

@@ -1,7 +1,8 @@
 """Multiple choice by log-likelihood: the option that the model finds likeliest after the prompt is its answer.
 
-Two readings are reported, as evaluation harnesses do: by the sum of the option's token log-probabilities (`accuracy`),
-and by their mean, which does not punish long options (`accuracy_normalized`).
+Three readings are reported: by the sum of the option's token log-probabilities (`accuracy`), and by that sum over the
+option's length, which does not punish long options, in tokens (`accuracy_per_token`) and in bytes of its UTF-8 text
+(`accuracy_per_byte`, which evaluation harnesses report too and which does not depend on the tokenizer).
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,10 @@ class ChoiceQuestion:
     options: tuple[tuple[int, ...], ...]  # at least one token each
     answer: int  # index into options
     task: str = "default"  # figures are reported by task too
+    prompts: tuple[
+        tuple[int, ...], ...
+    ] = ()  # of each option, where a token straddles its border; else `prompt` serves
+    option_bytes: tuple[int, ...] = ()  # UTF-8 bytes of each option's text; empty where they are not known
 
     def __post_init__(self):
         if not self.prompt:
@@ -31,16 +36,21 @@ class ChoiceQuestion:
             raise ValueError(f"ChoiceQuestion.options needs options of at least one token each, got {self.options}")
         if not 0 <= self.answer < len(self.options):
             raise ValueError(f"ChoiceQuestion.answer is {self.answer}, but there are {len(self.options)} options")
+        for name in ("prompts", "option_bytes"):
+            values = getattr(self, name)
+            if values and (len(values) != len(self.options) or not all(values)):
+                raise ValueError(f"ChoiceQuestion.{name} needs one of each option, none of them empty, got {values}")
 
 
 def _choice_rows(questions: Sequence[ChoiceQuestion], max_length: int) -> list[tuple[list[int], int]]:
     """(tokens, tokens of the option) for each option of each question; a long prompt loses its beginning."""
     rows = []
     for index, question in enumerate(questions):
-        for option in question.options:
+        own = question.prompts or (question.prompt,) * len(question.options)
+        for option, prompt in zip(question.options, own, strict=True):
             if len(option) >= max_length:
                 raise ValueError(f"question {index}: an option has {len(option)} tokens, max_length is {max_length}")
-            tokens = (*question.prompt, *option)[-max_length:]
+            tokens = (*prompt, *option)[-max_length:]
             rows.append((list(tokens), len(option)))
     return rows
 
@@ -98,8 +108,8 @@ def choice(
       pad_id: Token in padding.
 
     Returns:
-      `accuracy` (by sum), `accuracy_normalized` (by mean over the option's tokens), `questions`, and `accuracy/TASK`
-      for every task when there is more than one.
+      `accuracy` (by sum), `accuracy_per_token`, `accuracy_per_byte` (where all questions know their bytes),
+      `questions`, and `accuracy/TASK` for every task when there is more than one.
 
     Raises:
       ValueError: When there are no questions, or an option does not fit.
@@ -115,15 +125,18 @@ def choice(
         counts.append(np.asarray(gathered(count), np.float64))
     sums, counts = np.concatenate(sums), np.concatenate(counts)
     right: dict[str, list[bool]] = {}
-    normalized, row = [], 0
+    per_token, per_byte, row = [], [], 0
     for question in questions:
         span = slice(row, row + len(question.options))
         row = span.stop
         right.setdefault(question.task, []).append(int(np.argmax(sums[span])) == question.answer)
-        normalized.append(int(np.argmax(sums[span] / counts[span])) == question.answer)
+        per_token.append(int(np.argmax(sums[span] / counts[span])) == question.answer)
+        if question.option_bytes:
+            per_byte.append(int(np.argmax(sums[span] / np.array(question.option_bytes))) == question.answer)
     return {
         "accuracy": float(np.mean(sum(right.values(), []))),
-        "accuracy_normalized": float(np.mean(normalized)),
+        "accuracy_per_token": float(np.mean(per_token)),
+        **({"accuracy_per_byte": float(np.mean(per_byte))} if len(per_byte) == len(questions) else {}),
         "questions": float(len(questions)),
         **by_task(right),
     }

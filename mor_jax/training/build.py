@@ -23,12 +23,14 @@ from mor_jax.data import (
     DataSource,
     Examples,
     PackingPlan,
+    Tokenization,
     load_examples,
     load_labelled,
-    load_tokenizer,
     make_iterator,
     make_plan,
     parse_sources,
+    prints_date,
+    read_tokenization,
     single_pass,
 )
 from mor_jax.injection import Adapted, AdapterPlan, resolve_sites
@@ -53,6 +55,7 @@ from mor_jax.training.classification import (
     require_objective,
 )
 from mor_jax.training.config import ConfigError, TrainConfig
+from mor_jax.training.distributed import first_decides
 from mor_jax.training.mesh import MeshError, check_batch, check_length, held_rows, make_mesh
 from mor_jax.training.metrics import TargetRow
 from mor_jax.training.optimizer import make_optimizer, optimizer_bytes, plan_decay_mask
@@ -133,7 +136,8 @@ def build_run(config: TrainConfig, optimizer: optax.GradientTransformation | Non
     mesh = choose_mesh(config)
     stored = for_backend(base_config(config), config, mesh)
     require_objective(config, stored)
-    batches, eval_batches, tasks, labels = _data(config, stored, mesh)
+    config, tokenization = decided_tokens(config, stored)
+    batches, eval_batches, tasks, labels = _data(config, stored, mesh, tokenization)
     shape = classifier_config(stored, labels) if isinstance(stored, EncoderConfig) else stored
     config = dataclasses.replace(config, labels=labels)
     model = make_model(shape)
@@ -245,11 +249,40 @@ Held = Callable[[], Iterable[Any]] | None
 LoadData = Callable[[Sequence[DataSource], Sequence[str] | None], Examples]
 
 
+def recorded_tokens(config: TrainConfig) -> dict[str, Any]:
+    """What a configuration says of tokens, as `read_tokenization` takes it."""
+    given = {"start": config.start_tokens, "end": config.end_tokens, "stop": config.stop_tokens}
+    return given | {"chat_date": config.chat_date}
+
+
+def decided_tokens(config: TrainConfig, shape: ModelConfig) -> tuple[TrainConfig, Tokenization]:
+    """(the configuration with all that was decided about tokens, the tokenizer that follows it).
+
+    The day that a template prints is process 0's, once a run. What a classifier reads, its tokenizer alone decides.
+
+    Raises:
+      DataError: there is no readable tokenizer, or its template is none to rely on.
+    """
+    found = read_tokenization(config.model, **recorded_tokens(config))
+    if isinstance(shape, EncoderConfig):
+        return config, found
+    if prints_date(found):
+        day = config.chat_date or first_decides(lambda: found.today().date().isoformat())
+        found = dataclasses.replace(found, chat_date=day)
+        _LOGGER.warning(
+            "the chat template of %s prints the date: %s in all of this run; --chat-date", config.model, day
+        )
+    if not found.end:
+        _LOGGER.warning("%s names no end-of-sequence token: texts are not closed; --end-tokens", config.model)
+    decided = {"start_tokens": found.start, "end_tokens": found.end, "stop_tokens": found.stop}
+    return dataclasses.replace(config, chat_date=found.chat_date, **decided), found
+
+
 def _data(
-    config: TrainConfig, shape: ModelConfig, mesh: jax.sharding.Mesh
+    config: TrainConfig, shape: ModelConfig, mesh: jax.sharding.Mesh, tokenization: Tokenization
 ) -> tuple[Batches, Held, tuple[str, ...], tuple[str, ...]]:
     """(training batches, held-out passes or None, tasks, classes or none)."""
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = tokenization.tokenizer
     labels: tuple[str, ...] = ()
     sources = parse_sources(config.data)
     if isinstance(shape, EncoderConfig):
@@ -263,7 +296,7 @@ def _data(
     else:
 
         def load(sources, tasks):
-            return load_examples(sources, tokenizer, config.sequence_length, config.overlong, tasks=tasks)
+            return load_examples(sources, tokenization, config.sequence_length, config.overlong, tasks=tasks)
 
         examples = load(sources, None)
     largest = int(examples.tokens.max())

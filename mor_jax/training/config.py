@@ -7,6 +7,7 @@ is loaded or any file is written. `load_config` and `save_config` are each other
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import functools
 from collections.abc import Mapping
@@ -45,6 +46,10 @@ class TrainConfig:
     data: tuple[str, ...] = ()  # [TASK=]PATH[:WEIGHT], mixed by weight
     method: str = "mor"  # name in the registry of adapters
     output_dir: str = "runs/mor"  # the run folder
+    chat_date: str = ""  # the day that a chat template prints, YYYY-MM-DD; empty: today's, kept for the whole run
+    start_tokens: tuple[int, ...] | None = None  # ids before a text; none given: what the tokenizer puts there
+    end_tokens: tuple[int, ...] | None = None  # ids after a text or answer; none given: the end of sequence
+    stop_tokens: tuple[int, ...] | None = None  # ids that end generation; none given: all that the model's files name
     objective: Objective = "causal"  # or classification, on an encoder: {"text" or "sentence1", "sentence2", "label"}
     labels: tuple[str, ...] = ()  # classes in the order of their ids; empty takes the model's or the data's
     steps: int = 1000  # optimiser steps
@@ -95,6 +100,7 @@ class TrainConfig:
         self._check_counts()
         self._check_rates()
         self._check_choices()
+        self._check_tokens()
         self._check_pairs()
         self.adapter()
         self.override_adapters()
@@ -121,6 +127,17 @@ class TrainConfig:
         _check_choice("attention_implementation", self.attention_implementation, Attention.__args__)
         if self.param_dtype is not None:
             _check_choice("param_dtype", self.param_dtype, Dtype.__args__)
+
+    def _check_tokens(self) -> None:
+        for name in ("start_tokens", "end_tokens", "stop_tokens"):
+            ids = getattr(self, name)
+            good = ids is None or (isinstance(ids, tuple) and all(_is_int(token, 0) for token in ids))
+            _check(name, ids, good, "give token ids, whole numbers of at least 0")
+        try:
+            good = not self.chat_date or len(datetime.date.fromisoformat(self.chat_date).isoformat()) == 10
+        except (TypeError, ValueError):
+            good = False
+        _check("chat_date", self.chat_date, good, "give a day as YYYY-MM-DD")
 
     def _check_pairs(self) -> None:
         good = self.batch_size % self.accumulate == 0

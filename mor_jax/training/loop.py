@@ -56,6 +56,7 @@ from mor_jax.training.run_folder import (
     check_same_score_batch,
     environment,
     find_start,
+    with_decisions,
     write_run_folder,
 )
 from mor_jax.training.signals import StopRequest
@@ -88,7 +89,7 @@ def train(config: TrainConfig, optimizer: optax.GradientTransformation | None = 
     """
     with StopRequest() as stop:
         start = find_start(config, optimizer is not None)  # before the model is read
-        return _run_from(start, build_run(config, optimizer), stop, optimizer is not None)
+        return _run_from(start, build_run(with_decisions(config, start), optimizer), stop, optimizer is not None)
 
 
 def run_training(run: Run, stop: StopRequest | None = None, custom_optimizer: bool = False) -> dict[str, Any]:

@@ -49,6 +49,7 @@ _CONTENT = {
     "data",
     "labels",
 }  # may have moved, or been found in the data: the fingerprint and the packing plan tell whether they are the same
+_DECIDED = {"chat_date", "start_tokens", "end_tokens", "stop_tokens"}  # once a run, and kept; see `data.tokenization`
 _ROUNDING = {"mesh", "remat", "loss_chunk", "attention_implementation"}  # the same mathematics in another order
 
 
@@ -106,7 +107,7 @@ def check_same_run(config: TrainConfig, metadata: Mapping[str, Any], custom_opti
     if (config.schedule == "constant" or custom_optimizer) and _same_rules(config, int(saved["steps"])):
         fixed -= {"steps"}  # no step before the last depends on how many there will be
     for name in own:
-        if name in saved and saved[name] != own[name]:
+        if name in saved and saved[name] != own[name] and not (name in _DECIDED and own[name] in (None, "")):
             if name in fixed:
                 raise ConfigError(
                     f"{name}={own[name]!r}: the checkpoint was trained with {saved[name]!r}: resume with that, or start"
@@ -117,6 +118,16 @@ def check_same_run(config: TrainConfig, metadata: Mapping[str, Any], custom_opti
     if metadata["custom_optimizer"] != custom_optimizer:
         how = "made in Python" if metadata["custom_optimizer"] else "named in its configuration"
         raise ConfigError(f"optimizer: the checkpoint's was {how}: resume with the same one")
+
+
+def with_decisions(config: TrainConfig, start: Start) -> TrainConfig:
+    """The configuration with what the run decided about tokens before, where it goes on."""
+    if start.newest is None:
+        return config
+    saved = start.newest[1]["config"]
+    kept = {name: saved[name] for name in _DECIDED if getattr(config, name) in (None, "") and name in saved}
+    kept = {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
+    return dataclasses.replace(config, **kept)
 
 
 def _same_rules(config: TrainConfig, steps: int) -> bool:

@@ -12,8 +12,8 @@ import pytest
 from mor_jax.adapters.registry import make_adapter
 from mor_jax.cli.demo import measure, run
 from mor_jax.cli.demo.tasks import LENGTHS, TASKS, make_strings, write_tasks
-from mor_jax.cli.opening import end_ids, open_model
-from mor_jax.data import load_tokenizer
+from mor_jax.cli.opening import open_model
+from mor_jax.data import load_tokenizer, read_tokenization
 from mor_jax.injection import resolve_sites
 from mor_jax.models import Decoder
 from tests.models.continuations import continue_prompts
@@ -98,7 +98,7 @@ def test_the_base_is_small_and_its_tokenizer_gives_each_letter_and_task_one_toke
         assert tokenizer.unk_token_id not in ids
         assert tokenizer.decode(ids) == text
     assert len(tokenizer) == base.config.vocab_size
-    assert end_ids(run.BASE, tokenizer) == (tokenizer.eos_token_id,)
+    assert read_tokenization(run.BASE).stop == (tokenizer.eos_token_id,)
 
 
 @pytest.mark.oracle
@@ -127,7 +127,7 @@ def test_an_answer_is_right_where_greedy_generation_writes_it(base, tokenizer, t
         base.variables,
         prompts,
         max_new_tokens=10,
-        eos_ids=end_ids(run.BASE, tokenizer),
+        eos_ids=read_tokenization(run.BASE).stop,
     )
     answers = [own[mask > 0].tolist() for own, mask in zip(rows["targets"], rows["loss_mask"], strict=True)]
     assert right.tolist() == [one == answer for one, answer in zip(written, answers, strict=True)]

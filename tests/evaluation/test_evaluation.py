@@ -89,7 +89,7 @@ def test_choice_equals_an_explicit_loop_for_options_of_unequal_length(batch_size
     got = choice(bigram, questions, batch_size=batch_size)
     assert by_sum != by_mean
     np.testing.assert_allclose(got["accuracy"], np.mean(by_sum))
-    np.testing.assert_allclose(got["accuracy_normalized"], np.mean(by_mean))
+    np.testing.assert_allclose(got["accuracy_per_token"], np.mean(by_mean))
     np.testing.assert_allclose(got["accuracy/t1"], np.mean(by_sum[1::2]))
 
 
