@@ -137,12 +137,10 @@ def choice_question(record: dict[str, Any], tokenizer: Any, where: str) -> Choic
         answer = texts.index(answer)
     tokenization = as_tokenization(tokenizer)
     pairs = [tokenization.encode_choice(prompt, text) for text in texts]
-    prompts = [tuple(before) for before, _ in pairs]
     try:
         return ChoiceQuestion(
-            prompt=prompts[0] if prompts else (),
+            prompt=tuple(pairs[0][0]) if pairs else (),
             options=tuple(tuple(own) for _, own in pairs),
-            prompts=tuple(prompts) if len(set(prompts)) > 1 else (),
             option_bytes=tuple(len(text.encode()) for text in texts),
             answer=answer,
             task=str(record.get("task", "default")),

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mor_jax.data.sources import DataError
-from mor_jax.data.tokenization import Tokenization, as_tokenization, check_unicode, turn_end
+from mor_jax.data.tokenization import Piece, Tokenization, as_tokenization, check_unicode, turn_end
 
 OPTIONS = ("tools", "documents")  # lists beside the messages that a template may show
 LEARNED_FIELDS = {"weight": 1, "train": True, "training": True, "loss": True, "masked": False}  # and what says: learn
@@ -153,10 +153,10 @@ def assistant_spans(conversation: Conversation, text: str, tokenization: Tokeniz
 
 def _turn_start(conversation: Conversation, index: int, text: str, tokenization: Tokenization, where: str) -> int:
     if not index:
-        try:
-            return _common_prefix(render(conversation, tokenization, where, 0, add_generation_prompt=True), text)
-        except DataError:  # many templates look at the first message
-            return max(text.find(conversation.messages[0]["content"].strip()), 0)
+        asked = Conversation([{"role": "user", "content": "a"}], (False,), conversation.options)
+        opened = render(asked, tokenization, where, add_generation_prompt=True)
+        header = opened[len(render(asked, tokenization, where)) :]
+        return text.find(header) + len(header) if header in text else 0
     before = render(conversation, tokenization, where, index)
     if not text.startswith(before):
         raise DataError(
@@ -201,25 +201,12 @@ def _encode_spans(
     Where a token straddles a span's beginning, the text up to it is tokenised as generation sees it, and what follows,
     up to the next special token, as it is behind other text.
     """
+    pieces, previous, prompt_length = tokenization.pieces(text), (0, 0), None
     special = set(tokenization.tokenizer.added_tokens_decoder)
-    pieces = _offsets(text, tokenization)
-    prompt_length = None
     for span in spans:
-        first = next((i for i, (_, start, _) in enumerate(pieces) if start >= span.start), len(pieces))
-        left = next((i for i in range(first - 1, -1, -1) if pieces[i][0] in special and pieces[i][1] < span.start), 0)
-        cut = pieces[left][1] if left else 0
-        before = tokenization.encode(text[cut : span.start])
-        if [token for token, _, _ in pieces[left : left + len(before)]] == before:
-            first = left + len(before)
-        else:
-            right = next((i for i in range(first, len(pieces)) if pieces[i][0] in special), len(pieces))
-            stop = pieces[right][1] if right < len(pieces) else len(text)
-            own = [(token, cut, span.start) for token in before]
-            behind = _behind(text[cut : span.start], text[span.start : stop], span.start, tokenization)
-            pieces[left:right] = [*own, *behind]
-            first = left + len(own)
+        first, pieces = _cut_at(span.start, previous, text, pieces, special, tokenization)
         prompt_length = first if prompt_length is None and chosen[span.index] else prompt_length
-        pieces[first:] = [(token, max(start, span.start), end) for token, start, end in pieces[first:]]
+        previous = span.start, span.end
     learned = [False] * len(pieces)
     for span in spans:
         for place, (_, start, _) in enumerate(pieces):
@@ -227,21 +214,34 @@ def _encode_spans(
     return [token for token, _, _ in pieces], learned, len(pieces) if prompt_length is None else prompt_length
 
 
-def _offsets(text: str, tokenization: Tokenization) -> list[tuple[int, int, int]]:
-    """(token, first character, end) of each token of a text."""
-    found = tokenization.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return [(token, *span) for token, span in zip(found["input_ids"], found["offset_mapping"], strict=True)]
+def _cut_at(
+    border: int,
+    previous: tuple[int, int],
+    text: str,
+    pieces: list[Piece],
+    special: set[int],
+    tokenization: Tokenization,
+) -> tuple[int, list[Piece]]:
+    """(how many tokens come before the border, the tokens with a cut there).
 
-
-def _behind(before: str, text: str, place: int, tokenization: Tokenization) -> list[tuple[int, int, int]]:
-    """The tokens of `text` where it follows `before`, with their places in the rendering that has it at `place`."""
-    tokens = tokenization.encode_behind(before, text)
-    found = _offsets(text, tokenization)
-    starts = [start for _, start, _ in found]
-    if len(found) != len(tokens):  # the blank before a text had a token of its own
-        starts = (starts[len(found) - len(tokens) :] if len(found) > len(tokens) else [])[: len(tokens)]
-        starts = [0] * (len(tokens) - len(starts)) + starts
-    return [(token, place + start, place + len(text)) for token, start in zip(tokens, starts, strict=True)]
+    What is compared goes back to the last special token, on both sides of which a tokenizer works apart, or else to the
+    answer before, which begins and ends at the characters `previous`.
+    """
+    first = next((i for i, (_, start, _) in enumerate(pieces) if start >= border), len(pieces))
+    left = next((i for i in range(first - 1, -1, -1) if pieces[i][0] in special), None)
+    if left is None or pieces[left][1] < previous[1]:
+        left = next((i for i, (_, start, _) in enumerate(pieces) if start >= previous[1]), first)
+    cut = pieces[left][1] if left else 0
+    own = tokenization.pieces_behind(text[previous[0] : cut] if left else "", text[cut:border])
+    if [token for token, _, _ in pieces[left : left + len(own)]] == [token for token, _, _ in own]:
+        after = [(token, max(start, border), end) for token, start, end in pieces[left + len(own) :]]
+        return left + len(own), pieces[: left + len(own)] + after
+    right = next((i for i in range(first, len(pieces)) if pieces[i][0] in special), len(pieces))
+    stop = pieces[right][1] if right < len(pieces) else len(text)
+    before = [(token, cut + start, cut + end) for token, start, end in own]
+    behind = tokenization.pieces_behind(text[cut:border], text[border:stop])
+    after = [(token, border + start, border + end) for token, start, end in behind]
+    return left + len(own), pieces[:left] + before + after + pieces[right:]
 
 
 def _common_prefix(first: str, second: str) -> int:

@@ -31,6 +31,9 @@ _ENDS = ("generation_config.json", "config.json")  # where a model names its end
 _PROBE = "~"  # an answer that no template contains
 
 
+Piece = tuple[int, int, int]  # a token, its first character, the end of its last
+
+
 @dataclass(frozen=True, eq=False)
 class Tokenization:
     """A tokenizer with what a run decided about it.
@@ -67,32 +70,42 @@ class Tokenization:
 
     def encode_behind(self, before: str, text: str) -> list[int]:
         """The tokens of `text` where it follows `before`, by the module's rule of the border."""
+        return [token for token, _, _ in self.pieces_behind(before, text)]
+
+    def pieces_behind(self, before: str, text: str) -> list[Piece]:
+        """As `encode_behind`, with the place of each token in `text`."""
         for context in (before, *_ANCHORS):
-            own, whole = self.encode(context), self.encode(context + text)
-            if whole[: len(own)] == own:
-                return whole[len(own) :]
-        return self.encode(text)
+            own, whole = self.encode(context), self.pieces(context + text)
+            if [token for token, _, _ in whole[: len(own)]] == own:
+                return [(token, *_shifted(span, len(context), len(text))) for token, *span in whole[len(own) :]]
+        return self.pieces(text)
+
+    def pieces(self, text: str) -> list[Piece]:
+        """The tokens of a text, each with its first character and the end of its last."""
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return [(token, *span) for token, span in zip(found["input_ids"], found["offset_mapping"], strict=True)]
 
     def encode_choice(self, prompt: str, option: str) -> tuple[list[int], list[int]]:
-        """(tokens before the option, tokens that are scored), cut as evaluation harnesses cut them.
+        """(the prompt's tokens, the option's tokens that are scored), as evaluation harnesses make them.
 
-        Blanks at the prompt's end count as the option's, and a token that straddles the border as the prompt's.
+        Blanks at the prompt's end count as the option's, whose tokens are those of both together beyond as many as the
+        prompt alone has.
         """
         context = prompt.rstrip()
-        own, whole = self.encode_prompt(context), self.encode_prompt(prompt + option)
+        option = prompt[len(context) :] + option
         if not context:
-            own = list(self.start or self.end[:1])
-            whole = own + self.encode(prompt + option)
-        return whole[: len(own)], whole[len(own) :]
+            return list(self.start or self.end[:1]), self.encode(option)
+        before = self.encode_prompt(context)
+        return before, self.encode_prompt(context + option)[len(before) :] or self.encode_behind(context, option)
 
     def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """The conversation as the tokenizer's chat template writes it, on the day `chat_date`.
 
         Raises:
-          ValueError: The template renders the same messages differently each time.
           Exception: Whatever the template raises, of many kinds.
         """
-        options["strftime_now"] = self.today().strftime
+        if "strftime_now" in self.template:
+            options["chat_template"] = _fixed_date(self.today()) + self.template
         return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
     def today(self) -> datetime.datetime:
@@ -202,6 +215,24 @@ def prints_date(tokenization: Tokenization) -> bool:
     """Whether the chat template writes another text on another day."""
     days = [dataclasses.replace(tokenization, chat_date=day) for day in ("2001-02-03", "2014-11-28")]
     return bool(tokenization.template) and len({_probe_text(day) for day in days}) > 1
+
+
+def _shifted(span: Sequence[int], by: int, size: int) -> tuple[int, int]:
+    """(first character, end) counted from a later place in the text, within 0 and `size`."""
+    return min(max(span[0] - by, 0), size), min(max(span[1] - by, 0), size)
+
+
+def _fixed_date(now: datetime.datetime) -> str:
+    """A template's first line, which writes nothing and lets `strftime_now` tell another time than the clock's.
+
+    The renderer hands plain data to a template, no functions; a macro of the same name goes before its own. The line's
+    end vanishes with it, so that the template begins a line as it did.
+    """
+    signs = "aAbBcdDeFGhHIjmMprRSTuUVwWxXyYzZ"
+    known = {form: now.strftime(form) for sign in signs for form in (f"%-{sign}", f"%{sign}")}
+    changes = "".join(f" | replace({form!r}, {text!r})" for form, text in known.items())
+    text = f"format | replace('%%', '\\0'){changes} | replace('\\0', '%')"
+    return f"{{% macro strftime_now(format) %}}{{{{ {text} }}}}{{% endmacro %}}\n"
 
 
 def _affixes(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -36,21 +36,18 @@ class ChoiceQuestion:
             raise ValueError(f"ChoiceQuestion.options needs options of at least one token each, got {self.options}")
         if not 0 <= self.answer < len(self.options):
             raise ValueError(f"ChoiceQuestion.answer is {self.answer}, but there are {len(self.options)} options")
-        for name in ("prompts", "option_bytes"):
-            values = getattr(self, name)
-            if values and (len(values) != len(self.options) or not all(values)):
-                raise ValueError(f"ChoiceQuestion.{name} needs one of each option, none of them empty, got {values}")
+        if self.option_bytes and (len(self.option_bytes) != len(self.options) or min(self.option_bytes) < 1):
+            raise ValueError(f"ChoiceQuestion.option_bytes needs one number for each option, got {self.option_bytes}")
 
 
 def _choice_rows(questions: Sequence[ChoiceQuestion], max_length: int) -> list[tuple[list[int], int]]:
     """(tokens, tokens of the option) for each option of each question; a long prompt loses its beginning."""
     rows = []
     for index, question in enumerate(questions):
-        own = question.prompts or (question.prompt,) * len(question.options)
-        for option, prompt in zip(question.options, own, strict=True):
+        for option in question.options:
             if len(option) >= max_length:
                 raise ValueError(f"question {index}: an option has {len(option)} tokens, max_length is {max_length}")
-            tokens = (*prompt, *option)[-max_length:]
+            tokens = (*question.prompt, *option)[-max_length:]
             rows.append((list(tokens), len(option)))
     return rows
 
