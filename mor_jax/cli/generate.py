@@ -33,7 +33,7 @@ def prompt_tokens(options: GenerateOptions, tokenization: Tokenization) -> list[
 
 
 def generate_command(options: GenerateOptions) -> dict[str, Any]:
-    """`text` (what was written after the prompt) and `tokens` (how many new ones, the end token included).
+    """`text` (what was written after the prompt), `tokens` (how many new ones, the end token included), `token_ids`.
 
     Raises:
       UsageError: an option is out of range.
@@ -63,4 +63,5 @@ def generate_command(options: GenerateOptions) -> dict[str, Any]:
     rows = model.padded_rows(1)
     new = run(*left_padded([prompt] * rows, rows, len(prompt)))[0].tolist()
     stop = next((place for place, token in enumerate(new, 1) if token in ends), len(new))
-    return {"text": tokenization.tokenizer.decode(new[:stop], skip_special_tokens=True), "tokens": stop}
+    text = tokenization.tokenizer.decode(new[:stop], skip_special_tokens=True)
+    return {"text": text, "tokens": stop, "token_ids": new[:stop]}

@@ -270,7 +270,7 @@ def decided_tokens(config: TrainConfig, shape: ModelConfig) -> tuple[TrainConfig
         day = config.chat_date or first_decides(lambda: found.today().date().isoformat())
         found = dataclasses.replace(found, chat_date=day)
         _LOGGER.warning(
-            "the chat template of %s prints the date: %s in all of this run; --chat-date", config.model, day
+            "the chat template of %s prints the date: %s for the whole run (--chat-date)", config.model, day
         )
     if not found.end:
         _LOGGER.warning("%s names no end-of-sequence token: texts are not closed; --end-tokens", config.model)

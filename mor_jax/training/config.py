@@ -134,7 +134,7 @@ class TrainConfig:
             good = ids is None or (isinstance(ids, tuple) and all(_is_int(token, 0) for token in ids))
             _check(name, ids, good, "give token ids, whole numbers of at least 0")
         try:
-            good = not self.chat_date or len(datetime.date.fromisoformat(self.chat_date).isoformat()) == 10
+            good = not self.chat_date or datetime.date.fromisoformat(self.chat_date).isoformat() == self.chat_date
         except (TypeError, ValueError):
             good = False
         _check("chat_date", self.chat_date, good, "give a day as YYYY-MM-DD")
