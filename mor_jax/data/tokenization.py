@@ -104,8 +104,9 @@ class Tokenization:
         Raises:
           Exception: Whatever the template raises, of many kinds.
         """
-        if "strftime_now" in self.template:
-            options["chat_template"] = _fixed_date(self.today()) + self.template
+        template = self.tokenizer.get_chat_template(options.get("chat_template"), options.get("tools"))
+        if "strftime_now" in template:
+            options["chat_template"] = _fixed_date(self.today()) + template
         return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
     def today(self) -> datetime.datetime:

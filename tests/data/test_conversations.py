@@ -49,6 +49,15 @@ def test_tools_and_calls_are_shown_and_calls_are_learned(with_tools, as_text, no
     assert said(with_tools, record) == [f"{call}<|im_end|>", "three<|im_end|>"]
 
 
+def test_a_template_of_its_own_for_tools_is_taken():
+    tokenizer = byte_tokenizer({"default": CHATML, "tool_use": "{{ strftime_now('%Y') }}" + WITH_TOOLS})
+    found = encode_record({"messages": CHAT, "tools": TOOLS}, decide_tokens(tokenizer, chat_date="1999-01-01"), "here")
+    assert tokenizer.decode(found.tokens).startswith("1999<|im_start|>tools")
+    assert encode_record({"messages": PAIR}, tokenizer, "here").tokens.tolist() == (
+        encode_record({"messages": PAIR}, byte_tokenizer(), "here").tokens.tolist()
+    )
+
+
 def test_nulls_of_a_table_are_no_fields(with_tools):
     blank = {"content": None, "tool_calls": None, "name": None}
     row = [{**blank, **message} for message in CHAT]
