@@ -52,7 +52,7 @@ def evaluate_command(options: EvalOptions) -> dict[str, Any]:
     source = parse_source(options.data)
     model = at_rank(open_model(options.model, options.dtype, options.mesh), options.rank)
     options = dataclasses.replace(options, batch_size=model.padded_rows(options.batch_size))
-    tokenization = model.tokenization()
+    tokenization = model.tokenization(options.chat_date)
     if options.task != "classification":
         model.require_decoder(f"--task {options.task}")
     measures = {"perplexity": _perplexity, "choice": _choice, "generation": _generation}

@@ -48,7 +48,7 @@ def generate_command(options: GenerateOptions) -> dict[str, Any]:
         raise UsageError(f"--top-p must be in (0, 1], got {options.top_p}")
     model = open_model(options.model, options.dtype, options.mesh)
     model.require_decoder("mor generate")
-    tokenization = model.tokenization()
+    tokenization = model.tokenization(options.chat_date)
     prompt = prompt_tokens(options, tokenization)
     check_same_everywhere({"the prompt in tokens": prompt})
     ends = tokenization.stop

@@ -32,8 +32,8 @@ from mor_jax.models import (
     read_config,
 )
 from mor_jax.processes import gathered
-from mor_jax.training.build import base_specs, recorded_tokens, widest_mesh
-from mor_jax.training.config import TrainConfig, load_config
+from mor_jax.training.build import base_specs, recorded_tokens, widest_mesh, with_day
+from mor_jax.training.config import TrainConfig, check_day, load_config
 from mor_jax.training.distributed import check_same_everywhere
 from mor_jax.training.integrity import MANIFEST
 from mor_jax.training.mesh import MeshError, make_mesh, put_batch, row_ways
@@ -86,13 +86,20 @@ class LiveModel:
         """The names of the tasks that the adapter was trained on, in the order of their ids."""
         return tuple(self.metadata.get("tasks", ()))
 
-    def tokenization(self) -> Tokenization:
+    def tokenization(self, chat_date: str = "") -> Tokenization:
         """The tokenizer with what the run decided about tokens, or what the directory's files say.
+
+        Args:
+          chat_date: The day that a chat template prints, instead of the run's or today.
 
         Raises:
           DataError: there is no readable tokenizer.
         """
-        return read_tokenization(self.directory, **({} if self.train is None else recorded_tokens(self.train)))
+        recorded = {} if self.train is None else recorded_tokens(self.train)
+        if chat_date:
+            check_day(chat_date)
+            recorded["chat_date"] = chat_date
+        return with_day(read_tokenization(self.directory, **recorded), self.directory)
 
     def on_devices(self) -> contextlib.AbstractContextManager[None]:
         """Within it everything is computed on the model's devices."""

@@ -35,6 +35,7 @@ class EvalOptions:
     sequence_length: int = 512  # longest row in tokens
     max_new_tokens: int = 64  # generation only
     limit: int = 0  # examples that are measured; 0 measures all
+    chat_date: str = ""  # the day that a chat template prints, YYYY-MM-DD; empty: the run's, or today's
     rank: int = 0  # of an adapter trained for all smaller ranks (dylora); 0 takes its own
     mesh: str = ""  # data=2,fsdp=4,tensor=2; empty: every accelerator, on fsdp as far as the model divides
     dtype: Literal["float32", "bfloat16"] | None = None  # of the computation; the run's own, or float32
@@ -51,6 +52,7 @@ class GenerateOptions:
     temperature: float = 1.0  # of sampling
     top_p: float = 1.0  # sampling keeps the likeliest tokens of this total probability
     chat: bool = False  # the prompt is a user's message for the tokenizer's chat template
+    chat_date: str = ""  # the day that the template prints, YYYY-MM-DD; empty: the run's, or today's
     seed: int = 0  # of sampling
     mesh: str = ""  # as in `mor eval`; data=1 is fastest where one device holds the model
     dtype: Literal["float32", "bfloat16"] | None = None  # of the computation; the run's own, or float32

@@ -255,6 +255,15 @@ def recorded_tokens(config: TrainConfig) -> dict[str, Any]:
     return given | {"chat_date": config.chat_date}
 
 
+def with_day(tokenization: Tokenization, model: str | Path) -> Tokenization:
+    """The tokenization with one day for all processes, process 0's unless it has one, where the template prints it."""
+    if not prints_date(tokenization):
+        return tokenization
+    day = tokenization.chat_date or first_decides(lambda: tokenization.today().date().isoformat())
+    _LOGGER.warning("the chat template of %s prints the date: %s for the whole run (--chat-date)", model, day)
+    return dataclasses.replace(tokenization, chat_date=day)
+
+
 def decided_tokens(config: TrainConfig, shape: ModelConfig) -> tuple[TrainConfig, Tokenization]:
     """(the configuration with all that was decided about tokens, the tokenizer that follows it).
 
@@ -266,12 +275,7 @@ def decided_tokens(config: TrainConfig, shape: ModelConfig) -> tuple[TrainConfig
     found = read_tokenization(config.model, **recorded_tokens(config))
     if isinstance(shape, EncoderConfig):
         return config, found
-    if prints_date(found):
-        day = config.chat_date or first_decides(lambda: found.today().date().isoformat())
-        found = dataclasses.replace(found, chat_date=day)
-        _LOGGER.warning(
-            "the chat template of %s prints the date: %s for the whole run (--chat-date)", config.model, day
-        )
+    found = with_day(found, config.model)
     if not found.end:
         _LOGGER.warning("%s names no end-of-sequence token: texts are not closed; --end-tokens", config.model)
     decided = {"start_tokens": found.start, "end_tokens": found.end, "stop_tokens": found.stop}

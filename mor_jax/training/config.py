@@ -133,11 +133,7 @@ class TrainConfig:
             ids = getattr(self, name)
             good = ids is None or (isinstance(ids, tuple) and all(_is_int(token, 0) for token in ids))
             _check(name, ids, good, "give token ids, whole numbers of at least 0")
-        try:
-            good = not self.chat_date or datetime.date.fromisoformat(self.chat_date).isoformat() == self.chat_date
-        except (TypeError, ValueError):
-            good = False
-        _check("chat_date", self.chat_date, good, "give a day as YYYY-MM-DD")
+        check_day(self.chat_date)
 
     def _check_pairs(self) -> None:
         good = self.batch_size % self.accumulate == 0
@@ -188,6 +184,15 @@ class TrainConfig:
     def target_modules(self) -> tuple[str, ...] | str:
         """`targets` as injection reads them: the word "all-linear", or a tuple of patterns."""
         return "all-linear" if self.targets == ("all-linear",) else self.targets
+
+
+def check_day(day: Any) -> None:
+    """Raises ConfigError unless `day` is empty or a day as `chat_date` takes it."""
+    try:
+        good = not day or datetime.date.fromisoformat(day).isoformat() == day
+    except (TypeError, ValueError):
+        good = False
+    _check("chat_date", day, good, "give a day as YYYY-MM-DD")
 
 
 def _check(name: str, value: Any, good: bool, remedy: str) -> None:
