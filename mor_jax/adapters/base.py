@@ -10,7 +10,7 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +129,7 @@ class AdapterInputs:
         noise_step: The optimiser step that noise is drawn for (HaLoRA).
         chain: What earlier layers left for this one (ResLoRA); injection sets it, for one site at a time.
         clean_x: x before dropout, (..., in), where a site's x went through it; injection sets it likewise.
+        kept: Which entries of it dropout left, (..., in) bool; set beside ``clean_x``.
         key: Root key of this micro-batch; a site's own key is ``fold_in(key, site id)``.
         auxiliary_scale: Balance losses enter the gradient times this; None switches them off.
         deterministic: False while training with dropout.
@@ -144,6 +145,7 @@ class AdapterInputs:
     noise_step: Array | None = None
     chain: Any = None
     clean_x: Array | None = None
+    kept: Array | None = None
     key: Array | None = None
     auxiliary_scale: Array | None = None
     deterministic: bool = field(default=True, metadata={"static": True})
@@ -257,8 +259,13 @@ class Adapter:
         """Of a chained method, the norm of each layer's merged kernel, (...,)."""
         raise TypeError(f"{type(self).__name__} hands nothing on")
 
-    def earlier_share(self, norms: Array) -> Array:
-        """Of a chained method, the constant gate of each layer of a chain, (layers,), from the norms: (layers,)."""
+    def earlier_share(self, norms: Array, by: Literal["input", "weight"] = "input") -> Array:
+        """Of a chained method, the constant gate of each layer of a chain, (layers,), from the norms: (layers,).
+
+        Args:
+            norms: Of ``input_norm``, or of ``weight_norm``.
+            by: Which of the two.
+        """
         raise TypeError(f"{type(self).__name__} hands nothing on")
 
     def delta(
@@ -268,7 +275,7 @@ class Adapter:
 
         Args:
             leaves: One layer's leaves.
-            x: (..., in); or, for a method with an ``input_factor``, ``x @ input_factor`` in float32.
+            x: (..., in), after dropout; or, for a method with an ``input_factor``, ``x @ input_factor`` in float32.
             base_output: (..., out), the layer's output less its bias.
             kernel: The frozen kernel.
             gates: (..., N) float32, or None for a method without a gate.
@@ -341,6 +348,12 @@ class Adapter:
         """By group, its learning rate over that of the run."""
         return {}
 
+    def drop(self, x: Array, inputs: AdapterInputs) -> Array:
+        """x: (..., in) with the entries dropped that dropout took from this site's own x; x where it took none."""
+        if inputs.kept is None:
+            return x
+        return jnp.where(inputs.kept, x / (1 - self.dropout), jnp.zeros_like(x))
+
     def input_factor(self, leaves: Leaves) -> Array | None:
         """(in, k): everything that x is multiplied with, so that sites with one x can share one matmul."""
         return None
@@ -361,7 +374,10 @@ class Adapter:
         return 0
 
     def gate(self, leaves: Leaves, h: Array, inputs: AdapterInputs) -> Array | None:
-        """(..., N) float32 from ``h`` (at a site: what ``delta`` gets as x), or None without a gate."""
+        """(..., N) float32 from ``h``, or None without a gate.
+
+        At a site h is what ``delta`` gets as x, but before dropout: which expert a token needs is no matter of chance.
+        """
         return None
 
     def balance(self, gates: Array, mask: Array | None) -> Array | None:

@@ -8,8 +8,9 @@ One token sees a map of rank at most ``rank``; the outputs of many tokens span u
 
 From the paper: dense softmax routing, shared factors, scaling vectors per expert, on the FFN's gate, up and down; N = 8
 and rank 32 did best, past 12 and 64 worse. Ours: the defaults of rank, alpha and dropout, the start (a uniform, b 0,
-lam 1, w_g ~ N(0, 0.02^2)), ``lam_std``, ``top_k``, the scope ``block`` and the form of the balance loss. With lam all
-ones *and* w_g = 0 the experts would never separate, hence the random router.
+lam 1, w_g ~ N(0, 0.02^2)), ``lam_std``, ``top_k``, the scope ``block``, the form of the balance loss, that the router
+reads x before dropout and that weight decay spares lam, whose neutral value is 1. With lam all ones *and* w_g = 0 the
+experts would never separate, hence the random router.
 """
 
 from __future__ import annotations
