@@ -6,7 +6,6 @@ Injection runs it inside a whole Flax model, merging maps it over the frozen par
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from mor_jax.adapters.kernel import Kernel
 
 if TYPE_CHECKING:
     from mor_jax.adapters.rules import Event, UpdateTransform
@@ -64,54 +65,6 @@ class Leaves(NamedTuple):
     params: dict[str, Array]
     state: dict[str, Array] = {}
     constants: dict[str, Array] = {}
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A view of a frozen kernel of any rank as the matrix (in, out) that it is, or as a stack of them.
-
-    Attributes:
-        value: The array as the model stores it; axes before the kernel's own are layers.
-        in_axes: Its contracted axes, negative, in the order in which x is flattened.
-        out_axes: Its produced axes, negative.
-    """
-
-    value: Array
-    in_axes: tuple[int, ...] = (-2,)
-    out_axes: tuple[int, ...] = (-1,)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(in, out)."""
-        shape = self.value.shape
-        return math.prod(shape[a] for a in self.in_axes), math.prod(shape[a] for a in self.out_axes)
-
-    @property
-    def dtype(self) -> Any:
-        """The stored dtype."""
-        return self.value.dtype
-
-    @property
-    def _order(self) -> tuple[int, ...]:
-        ndim = self.value.ndim
-        own = self.in_axes + self.out_axes
-        return tuple(range(ndim - len(own))) + tuple(a + ndim for a in own)
-
-    def dense(self, dtype: Any = jnp.float32) -> Array:
-        """The kernel as a matrix of ``dtype``: (in, out), or (layers, in, out)."""
-        layers = self.value.shape[: self.value.ndim - len(self.in_axes + self.out_axes)]
-        return jnp.transpose(self.value, self._order).reshape(*layers, *self.shape).astype(dtype)
-
-    def column_norm(self) -> Array:
-        """L2 norm over ``in`` of each output: (out,) or (layers, out), float32."""
-        return jnp.sqrt(jnp.sum(jnp.square(self.dense()), axis=-2))
-
-    def replace(self, new: Array) -> Array:
-        """``new``, shaped like ``dense()``, in the stored layout and dtype (rounded once)."""
-        order = self._order
-        shape = tuple(self.value.shape[a] for a in order)
-        inverse = tuple(order.index(a) for a in range(len(order)))
-        return jnp.transpose(new.reshape(shape), inverse).astype(self.value.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -338,6 +291,15 @@ class Adapter:
     def penalty(self, leaves: Leaves) -> Array | None:
         """A float32 scalar of one layer, weight included, whose mean over sites and layers joins the loss; or None."""
         return None
+
+    def decays(self, leaf: str, ndim: int) -> bool:
+        """Whether weight decay pulls a trained leaf of ``ndim`` axes in one layer toward 0.
+
+        Matrices decay and vectors do not, as usual for AdamW: factors, square matrices and routers, whose 0 adds
+        nothing or weighs all alike, but no magnitude and no weight of ranks. A method that has a matrix whose neutral
+        value is another than 0 says so.
+        """
+        return ndim >= 2
 
     def labels(self, params: Mapping[str, Any]) -> dict[str, str]:
         """The group of each trained leaf; groups may have learning rates of their own."""

@@ -153,6 +153,10 @@ class MoR(LowRank):
             count += self.num_gate_params(site.in_features)
         return super().num_params(site) + site.num_layers * count
 
+    def decays(self, leaf: str, ndim: int) -> bool:
+        """a, b and the router; lam is neutral at 1, and decay would shrink the change of all experts alike."""
+        return leaf not in ("lam_a", "lam_b") and super().decays(leaf, ndim)
+
     def factors(self, leaves: Leaves, kernel: Kernel) -> tuple[Array, Array] | None:
         """Of the mean router, (a, s (sum_i lam_a[i] x lam_b[i] / N) * b)."""
         if self.routed:

@@ -1,4 +1,4 @@
-"""Dropout as a whole model runs it: what of a method sees the dropped x, for every method and option of the registry."""
+"""Dropout as a whole model runs it: what of a method sees the dropped x, for every method and option."""
 
 import dataclasses
 
@@ -65,7 +65,7 @@ def dropped_out(h):
 
 @each_case
 def test_the_change_reads_the_dropped_x_and_base_and_router_the_whole_one(name, options):
-    """Float64: y(x) of the oracle at the dropped x, its base at x; a gate is what the oracle has for x, or the block's."""
+    """Float64: y of the oracle at the dropped x, its base at x; a gate is the oracle's for x, or for the block's h."""
     method = one_layer.small(name, options, dropout=RATE)
     h = jax.random.normal(jax.random.key(3), (6, IN))
     params, plan, leaves = _planned(method, h)
@@ -103,14 +103,14 @@ def test_one_token_repeated_has_one_gate(options):
 
 
 def test_reslora_drops_the_sum_of_this_layer_s_and_the_earlier_x():
-    """The released code drops entries of x_n + x_{n-1} with one mask and hands x_n on whole; of x a it hands on its own."""
+    """The released code drops entries of x_n + x_{n-1} with one mask and hands x_n on whole, and dropped(x_n) a."""
     rng = np.random.default_rng(0)
     x, kept = rng.standard_normal((3, 5, IN)), rng.random((3, 5, IN)) > RATE
     factors = rng.standard_normal((3, IN, 2)), rng.standard_normal((3, 2, OUT))
     for form in ("input", "middle"):
         method = ResLoRA(rank=2, form=form, dropout=RATE)
-        chain = method.init_chain(one_layer.site_of(one_layer.kernel_of(KEY, IN, OUT)), (5,), jnp.float32)
-        found = []
+        kernel, found = one_layer.kernel_of(KEY, IN, OUT), []
+        chain = method.init_chain(one_layer.site_of(kernel), (5,), jnp.float32)
         for n in range(3):
             leaves = one_layer.Leaves({"a": jnp.float32(factors[0][n]), "b": jnp.float32(factors[1][n])})
             own = AdapterInputs(chain=chain, clean_x=jnp.float32(x[n]), kept=jnp.asarray(kept[n]), deterministic=False)
