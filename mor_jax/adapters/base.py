@@ -6,15 +6,16 @@ Injection runs it inside a whole Flax model, merging maps it over the frozen par
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from mor_jax.adapters.kernel import Kernel
 
 if TYPE_CHECKING:
     from mor_jax.adapters.rules import Event, UpdateTransform
@@ -66,54 +67,6 @@ class Leaves(NamedTuple):
     constants: dict[str, Array] = {}
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """A view of a frozen kernel of any rank as the matrix (in, out) that it is, or as a stack of them.
-
-    Attributes:
-        value: The array as the model stores it; axes before the kernel's own are layers.
-        in_axes: Its contracted axes, negative, in the order in which x is flattened.
-        out_axes: Its produced axes, negative.
-    """
-
-    value: Array
-    in_axes: tuple[int, ...] = (-2,)
-    out_axes: tuple[int, ...] = (-1,)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(in, out)."""
-        shape = self.value.shape
-        return math.prod(shape[a] for a in self.in_axes), math.prod(shape[a] for a in self.out_axes)
-
-    @property
-    def dtype(self) -> Any:
-        """The stored dtype."""
-        return self.value.dtype
-
-    @property
-    def _order(self) -> tuple[int, ...]:
-        ndim = self.value.ndim
-        own = self.in_axes + self.out_axes
-        return tuple(range(ndim - len(own))) + tuple(a + ndim for a in own)
-
-    def dense(self, dtype: Any = jnp.float32) -> Array:
-        """The kernel as a matrix of ``dtype``: (in, out), or (layers, in, out)."""
-        layers = self.value.shape[: self.value.ndim - len(self.in_axes + self.out_axes)]
-        return jnp.transpose(self.value, self._order).reshape(*layers, *self.shape).astype(dtype)
-
-    def column_norm(self) -> Array:
-        """L2 norm over ``in`` of each output: (out,) or (layers, out), float32."""
-        return jnp.sqrt(jnp.sum(jnp.square(self.dense()), axis=-2))
-
-    def replace(self, new: Array) -> Array:
-        """``new``, shaped like ``dense()``, in the stored layout and dtype (rounded once)."""
-        order = self._order
-        shape = tuple(self.value.shape[a] for a in order)
-        inverse = tuple(order.index(a) for a in range(len(order)))
-        return jnp.transpose(new.reshape(shape), inverse).astype(self.value.dtype)
-
-
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class AdapterInputs:
@@ -129,6 +82,7 @@ class AdapterInputs:
         noise_step: The optimiser step that noise is drawn for (HaLoRA).
         chain: What earlier layers left for this one (ResLoRA); injection sets it, for one site at a time.
         clean_x: x before dropout, (..., in), where a site's x went through it; injection sets it likewise.
+        kept: Which entries of it dropout left, (..., in) bool; set beside ``clean_x``.
         key: Root key of this micro-batch; a site's own key is ``fold_in(key, site id)``.
         auxiliary_scale: Balance losses enter the gradient times this; None switches them off.
         deterministic: False while training with dropout.
@@ -144,6 +98,7 @@ class AdapterInputs:
     noise_step: Array | None = None
     chain: Any = None
     clean_x: Array | None = None
+    kept: Array | None = None
     key: Array | None = None
     auxiliary_scale: Array | None = None
     deterministic: bool = field(default=True, metadata={"static": True})
@@ -257,8 +212,13 @@ class Adapter:
         """Of a chained method, the norm of each layer's merged kernel, (...,)."""
         raise TypeError(f"{type(self).__name__} hands nothing on")
 
-    def earlier_share(self, norms: Array) -> Array:
-        """Of a chained method, the constant gate of each layer of a chain, (layers,), from the norms: (layers,)."""
+    def earlier_share(self, norms: Array, by: Literal["input", "weight"] = "input") -> Array:
+        """Of a chained method, the constant gate of each layer of a chain, (layers,), from the norms: (layers,).
+
+        Args:
+            norms: Of ``input_norm``, or of ``weight_norm``.
+            by: Which of the two.
+        """
         raise TypeError(f"{type(self).__name__} hands nothing on")
 
     def delta(
@@ -268,7 +228,7 @@ class Adapter:
 
         Args:
             leaves: One layer's leaves.
-            x: (..., in); or, for a method with an ``input_factor``, ``x @ input_factor`` in float32.
+            x: (..., in), after dropout; or, for a method with an ``input_factor``, ``x @ input_factor`` in float32.
             base_output: (..., out), the layer's output less its bias.
             kernel: The frozen kernel.
             gates: (..., N) float32, or None for a method without a gate.
@@ -332,6 +292,15 @@ class Adapter:
         """A float32 scalar of one layer, weight included, whose mean over sites and layers joins the loss; or None."""
         return None
 
+    def decays(self, leaf: str, ndim: int) -> bool:
+        """Whether weight decay pulls a trained leaf of ``ndim`` axes in one layer toward 0.
+
+        Matrices decay and vectors do not, as usual for AdamW: factors, square matrices and routers, whose 0 adds
+        nothing or weighs all alike, but no magnitude and no weight of ranks. A method that has a matrix whose neutral
+        value is another than 0 says so.
+        """
+        return ndim >= 2
+
     def labels(self, params: Mapping[str, Any]) -> dict[str, str]:
         """The group of each trained leaf; groups may have learning rates of their own."""
         return {name: name for name in params}
@@ -340,6 +309,12 @@ class Adapter:
     def learning_rate_ratios(self) -> Mapping[str, float]:
         """By group, its learning rate over that of the run."""
         return {}
+
+    def drop(self, x: Array, inputs: AdapterInputs) -> Array:
+        """x: (..., in) with the entries dropped that dropout took from this site's own x; x where it took none."""
+        if inputs.kept is None:
+            return x
+        return jnp.where(inputs.kept, x / (1 - self.dropout), jnp.zeros_like(x))
 
     def input_factor(self, leaves: Leaves) -> Array | None:
         """(in, k): everything that x is multiplied with, so that sites with one x can share one matmul."""
@@ -361,7 +336,10 @@ class Adapter:
         return 0
 
     def gate(self, leaves: Leaves, h: Array, inputs: AdapterInputs) -> Array | None:
-        """(..., N) float32 from ``h`` (at a site: what ``delta`` gets as x), or None without a gate."""
+        """(..., N) float32 from ``h``, or None without a gate.
+
+        At a site h is what ``delta`` gets as x, but before dropout: which expert a token needs is no matter of chance.
+        """
         return None
 
     def balance(self, gates: Array, mask: Array | None) -> Array | None:

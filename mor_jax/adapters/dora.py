@@ -1,8 +1,9 @@
 """DoRA (arXiv 2402.09353, eqs. 5 and 11; the authors' code): y = x (m * V / ||V||) with V = W + s a b.
 
 The norm runs over ``in`` for each output and is a constant in the backward pass (section 4.3). m starts at ||W||, so
-the model starts unchanged. The output changes by (m / ||V|| - 1) * base_output + (m / ||V||) * s (x a) b, and the norm
-comes from ||W||^2 + 2 s <W^T a, b> + s^2 b^T (a^T a) b, once a step.
+the model starts unchanged. The output changes by (m / ||V|| - 1) * x W + (m / ||V||) * s (x a) b, and the norm comes
+from ||W||^2 + 2 s <W^T a, b> + s^2 b^T (a^T a) b, once a step. As in the released code and in PEFT dropout takes its
+entries from x in both terms of the change, so that training with it multiplies with W twice.
 """
 
 from __future__ import annotations
@@ -48,9 +49,12 @@ class DoRA(LowRank):
     def delta(
         self, leaves: Leaves, x: Array, base_output: Array, kernel: Kernel, gates: Array | None, inputs: AdapterInputs
     ) -> Array:
-        """(m / norm - 1) * base_output + (m / norm) * s (x a) b for x a: (..., rank), as (..., out)."""
+        """(m / norm - 1) * x W + (m / norm) * s (x a) b for x a: (..., rank), as (..., out)."""
         leaves = self.prepare(leaves, kernel)
         dtype = base_output.dtype
+        if inputs.kept is not None:
+            assert inputs.clean_x is not None
+            base_output = self.drop(inputs.clean_x, inputs).astype(dtype) @ kernel.dense(dtype)
         ratio = leaves.params["m"] / leaves.constants["norm"]
         low_rank = expand(x.astype(dtype), (leaves.params["b"] * (self.scale * ratio)).astype(dtype))
         return (ratio - 1).astype(dtype) * base_output + low_rank

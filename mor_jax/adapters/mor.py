@@ -8,8 +8,9 @@ One token sees a map of rank at most ``rank``; the outputs of many tokens span u
 
 From the paper: dense softmax routing, shared factors, scaling vectors per expert, on the FFN's gate, up and down; N = 8
 and rank 32 did best, past 12 and 64 worse. Ours: the defaults of rank, alpha and dropout, the start (a uniform, b 0,
-lam 1, w_g ~ N(0, 0.02^2)), ``lam_std``, ``top_k``, the scope ``block`` and the form of the balance loss. With lam all
-ones *and* w_g = 0 the experts would never separate, hence the random router.
+lam 1, w_g ~ N(0, 0.02^2)), ``lam_std``, ``top_k``, the scope ``block``, the form of the balance loss, that the router
+reads x before dropout and that weight decay spares lam, whose neutral value is 1. With lam all ones *and* w_g = 0 the
+experts would never separate, hence the random router.
 """
 
 from __future__ import annotations
@@ -151,6 +152,10 @@ class MoR(LowRank):
         if self.routed and self.scope == "site":
             count += self.num_gate_params(site.in_features)
         return super().num_params(site) + site.num_layers * count
+
+    def decays(self, leaf: str, ndim: int) -> bool:
+        """a, b and the router; lam is neutral at 1, and decay would shrink the change of all experts alike."""
+        return leaf not in ("lam_a", "lam_b") and super().decays(leaf, ndim)
 
     def factors(self, leaves: Leaves, kernel: Kernel) -> tuple[Array, Array] | None:
         """Of the mean router, (a, s (sum_i lam_a[i] x lam_b[i] / N) * b)."""

@@ -12,12 +12,15 @@ flow through the chain. ``block`` needs only earlier factors, so they are put be
 has to thread a carry through its layers; ours do.
 
 Merging ``input`` and ``middle`` is approximate: W_n + s (1 + alpha_n) a_n b_n, alpha_n = sum_k f_{n-k} / f_n, where f
-is the norm of x (``input``) or of x a (``middle``) over calibration data ("by input"), or the norm of the merged weight
-("by weight", ``input`` alone). The paper reports about 1 % of accuracy lost by it. The frozen W is never changed.
+is the norm of x (``input``) or of x a (``middle``) over calibration data ("by input"). Of ``input`` it is also had
+without data ("by weight"): x_n is about as long as the merged W_{n-1} makes it, so alpha_n = f_{n-2} / f_{n-1} with the
+norms f of the merged weights, and 1 for n < 2. The paper reports about 1 % of accuracy lost by merging.
 
-From the paper and its code: the three forms, both merges, a uniform, b 0. Ours: ``block`` as the default, since it
-merges exactly; m = 1; f of all calibration data at once, where the code takes the mean over a window of recent batches;
-that "by weight" takes the norm of W + s a b. A chain of one layer is complete in itself.
+From the paper and its code: the three forms, both merges, a uniform, b 0, that ``input`` drops entries of the sum of
+both x with one mask and ``middle`` of each layer's own x. Ours: ``block`` as the default, since it merges exactly, and
+its one mask for all factors of a layer; m = 1; f of all calibration data at once, where the code takes the mean over a
+window of recent batches; "by weight" W + s a b, where the code leaves s out and adds a b to the frozen W, which is
+never changed here. A chain of one layer is complete in itself.
 """
 
 from __future__ import annotations
@@ -104,10 +107,11 @@ class ResLoRA(LowRank):
         """The change, (..., out), and within a chain what the next layer finds; x is x a but for ``input``."""
         dtype, chain = base_output.dtype, inputs.chain
         if self.form == "input":
-            earlier = x if chain is None else jnp.where(chain["started"] > 0, chain["x"], x)
+            own = x if inputs.clean_x is None else inputs.clean_x
+            earlier = own if chain is None else jnp.where(chain["started"] > 0, chain["x"], own)
             a = leaves.params["a"].astype(x.dtype)
-            hidden = jnp.matmul(x + earlier, a, preferred_element_type=jnp.float32)
-            following = {"x": x, "started": jnp.ones((1,), jnp.int32)}
+            hidden = jnp.matmul(self.drop(own + earlier, inputs), a, preferred_element_type=jnp.float32)
+            following = {"x": own, "started": jnp.ones((1,), jnp.int32)}
         elif self.form == "middle":
             earlier = jnp.zeros_like(x[None]) if chain is None else chain["hidden"]
             hidden = x + jnp.sum(earlier, axis=0)
@@ -158,8 +162,11 @@ class ResLoRA(LowRank):
         merged = kernel.dense() + self.scale * leaves.params["a"] @ leaves.params["b"]
         return jnp.sqrt(jnp.sum(jnp.square(merged), axis=(-2, -1)))
 
-    def earlier_share(self, norms: Array) -> Array:
-        """alpha: (layers,) from the norms f: (layers,) of the layers' inputs (``input``) or of x a (``middle``)."""
+    def earlier_share(self, norms: Array, by: Literal["input", "weight"] = "input") -> Array:
+        """alpha: (layers,) from f: (layers,), the norms of the layers' inputs (of x a for ``middle``) or weights."""
+        if by == "weight":
+            ratios = norms[:-2] / jnp.where(norms[1:-1] > 0, norms[1:-1], 1.0)
+            return jnp.ones_like(norms).at[2:].set(ratios)
         reach = len(norms) - 1 if self.previous < 0 else min(self.previous, len(norms) - 1)
         earlier = sum((_shifted(norms, k) for k in range(1, reach + 1)), jnp.zeros_like(norms))
         share = earlier / jnp.where(norms > 0, norms, 1.0)

@@ -159,8 +159,10 @@ class _Call:
         bias = _bias(module, kind, contraction, output)
         x = argument  # the identical array, so that siblings can recognise it
         if method.dropout and not inputs.deterministic:
-            x = _drop(x, method.dropout, inputs.key, adapted.site.path)
-            inputs = dataclasses.replace(inputs, clean_x=contraction.flatten_input(argument).astype(output.dtype))
+            kept = _kept(x, method.dropout, inputs.key, adapted.site.path)
+            x = method.drop(x, dataclasses.replace(inputs, kept=kept))
+            clean = contraction.flatten_input(argument).astype(output.dtype)
+            inputs = dataclasses.replace(inputs, clean_x=clean, kept=contraction.flatten_input(kept))
         elif self.capture is None and not bundle["probes"]:
             whole = method.output(leaves, contraction.flatten_input(x).astype(output.dtype), kernel, inputs)
             if whole is not None:
@@ -169,9 +171,12 @@ class _Call:
         if adapted.gate_path is not None:
             gates = self._open_gate(adapted)
         else:
-            gates = method.gate(leaves, factored, inputs)
+            h = factored  # a router reads x before dropout
+            if method.num_gates and inputs.kept is not None:
+                h = self._project(adapted, module, leaves, argument, contraction, output.dtype)
+            gates = method.gate(leaves, h, inputs)
             if gates is not None:
-                gates = self._watch(method, leaves, factored, gates, bundle["probes"], inputs)
+                gates = self._watch(method, leaves, h, gates, bundle["probes"], inputs)
         kept = factored.shape[:-1]
         base = contraction.flatten_output(output - bias, kept)
         delta = self._delta(adapted, leaves, factored, base, kernel, gates, inputs)
@@ -253,11 +258,11 @@ def _with_key(inputs: AdapterInputs, key: Array) -> AdapterInputs:
     return dataclasses.replace(inputs, key=key)
 
 
-def _drop(x: Array, rate: float, key: Array | None, path: str) -> Array:
+def _kept(x: Array, rate: float, key: Array | None, path: str) -> Array:
+    """Which entries of x dropout leaves, bool in the shape of x."""
     if key is None:
         raise ValueError(f"{path}: dropout needs AdapterInputs.key while deterministic is False")
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+    return jax.random.bernoulli(key, 1 - rate, x.shape)
 
 
 class Adapted(nn.Module):

@@ -17,7 +17,8 @@ from flax.core import meta
 
 from mor_jax.adapters import Adapter, Site
 from mor_jax.injection.linear import DEFAULT_KINDS, LinearKind, find_kind
-from mor_jax.injection.targets import InjectionError, assign_adapters, matches, nearest_names
+from mor_jax.injection.targets import InjectionError, assign_adapters, nearest_names
+from mor_jax.injection.trained import get_path, trained_ndims, trained_shapes
 
 MARK = "layer_axes"
 _MARK_SHAPE = (1_000_003, 1_000_033, 1_000_037, 1_000_039, 1_000_081, 1_000_099)  # primes that no layer count equals
@@ -58,13 +59,23 @@ class AdaptedSite:
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """Everything static about an adapted model: hashable, so it may be closed over or passed as a static argument."""
+    """Everything static about an adapted model: hashable, so it may be closed over or passed as a static argument.
+
+    Attributes:
+        sites: The linear modules with adapters.
+        trained_modules: Paths of the modules that are trained whole.
+        fuse: Whether sites that read the same x share one matmul.
+        kinds: The table of linear modules.
+        trained_shapes: (path, numbers) of each trained module.
+        trained_ndims: (path of a leaf, axes that it has in one layer) of every leaf of the trained modules.
+    """
 
     sites: tuple[AdaptedSite, ...]
     trained_modules: tuple[str, ...] = ()
     fuse: bool = True
     kinds: tuple[LinearKind, ...] = DEFAULT_KINDS
     trained_shapes: tuple[tuple[str, int], ...] = ()
+    trained_ndims: tuple[tuple[str, int], ...] = ()
 
     def __getitem__(self, path: str) -> AdaptedSite:
         """The site at ``path``."""
@@ -154,12 +165,14 @@ class _Discovery:
     kinds: tuple[LinearKind, ...]
     visits: dict[str, _Visit] = field(default_factory=dict)
     widths: dict[str, int] = field(default_factory=dict)  # of every module's first array argument
+    ndims: dict[str, int] = field(default_factory=dict)  # axes of every parameter in one layer, by its path
 
     def intercept(self, next_fun, args, kwargs, context):
         """Records each linear module's visit."""
         module = context.module
         output = next_fun(*args, **kwargs)
         path = "/".join(module.path)
+        self._note_axes(module, path)
         x = first_argument(args, kwargs)
         if context.method_name != "__call__" or not hasattr(x, "shape"):
             return output
@@ -171,6 +184,12 @@ class _Discovery:
             self._mark_layer_axes(module, kernel.ndim)
             self.visits.setdefault(path, _Visit(kind, kernel.shape, kind.contraction(module, x, kernel.shape), x))
         return output
+
+    def _note_axes(self, module: nn.Module, path: str) -> None:
+        """The module's own parameters as it sees them; inside of a scan that comes before what the scan hands out."""
+        for name, value in ({} if module.scope is None else module.variables.get("params", {})).items():
+            if not isinstance(value, Mapping) and hasattr(meta.unbox(value), "ndim"):
+                self.ndims.setdefault(f"{path}/{name}".lstrip("/"), meta.unbox(value).ndim)
 
     def _mark_layer_axes(self, module: nn.Module, ndim: int) -> None:
         """Leaves a shape of primes beside the kernel: what a scan adds to it are the layer axes, without ambiguity."""
@@ -193,13 +212,6 @@ def trace_shapes(model: nn.Module, interceptor, *args: Any, **kwargs: Any) -> Ma
             return model.init({"params": key, "dropout": key}, *args, **kwargs)
 
     return jax.eval_shape(run, jax.eval_shape(lambda: jax.random.key(0)), traced)["params"]
-
-
-def get_path(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
-    """The subtree at ``path``."""
-    for name in path:
-        tree = tree[name]
-    return tree
 
 
 def _matrix_modules(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> list[str]:
@@ -225,22 +237,6 @@ def _gate_of(path: str, adapter: Adapter, widths: Mapping[str, int]) -> tuple[st
         f"{path}: no enclosing module matches {adapter.gate_block!r}, whose input should decide the gate; "
         f"{nearest_names(adapter.gate_block, list(widths))}"
     )
-
-
-def _trained_shapes(modules: tuple[str, ...], params: Mapping[str, Any], sites: list[str]) -> tuple:
-    paths = ["/".join(p) for p in _module_paths(params)]
-    sizes = []
-    for pattern in modules:
-        hits = [p for p in paths if matches(pattern, p)]
-        if not hits:
-            raise InjectionError(f"trained module {pattern!r} matches nothing; {nearest_names(pattern, paths)}")
-        for hit in hits:
-            inside = [s for s in sites if s == hit or s.startswith(hit + "/")]
-            if inside:
-                raise InjectionError(f"{inside[0]} is both a target and a trained module; choose one")
-            leaves = jax.tree.leaves(meta.unbox(get_path(params, tuple(hit.split("/")))))
-            sizes.append((hit, sum(math.prod(leaf.shape) for leaf in leaves)))
-    return tuple(sizes)
 
 
 _LAYER_NUMBER = re.compile(r"_(\d+)(?=/)")  # of layers that are modules of their own, as in layers_3/mlp/up_proj
@@ -288,11 +284,6 @@ def _without_marks(tree: Mapping[str, Any]) -> dict[str, Any]:
         for name, child in tree.items()
         if name != MARK
     }
-
-
-def _module_paths(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    children = [(name, child) for name, child in tree.items() if isinstance(child, Mapping)]
-    return ([prefix] if prefix else []) + [p for n, c in children for p in _module_paths(c, (*prefix, n))]
 
 
 def _adapted_site(
@@ -365,6 +356,8 @@ def resolve_sites(
     unknown = [p for p in _matrix_modules(params) if p not in found.visits]
     chosen = assign_adapters(list(found.visits), unknown, adapter, targets, tuple(overrides))
     sites = [_adapted_site(path, chosen, found, params, fuse) for path in chosen]
-    trained = _trained_shapes(tuple(trained_modules), _without_marks(params), list(chosen))
-    sites = _name_groups(sites)
-    return AdapterPlan(tuple(sites), tuple(path for path, _ in trained), fuse, kinds, trained)
+    base = _without_marks(params)
+    trained = trained_shapes(tuple(trained_modules), base, list(chosen))
+    names = tuple(path for path, _ in trained)
+    sites = tuple(_name_groups(sites))
+    return AdapterPlan(sites, names, fuse, kinds, trained, trained_ndims(names, base, found.ndims))

@@ -1,7 +1,8 @@
 """Constant gates for methods that hand values on from layer to layer: what share the earlier layers' values have.
 
 Such a method (ResLoRA's ``input`` and ``middle``) reads at layer n what layer n - 1 saw. Taking x_{n-1} to be x_n times
-the ratio of their norms, the change is one of x_n alone and merges. How well that does is for a fidelity report to say.
+the ratio of their norms, the change is one of x_n alone and merges. Without data the norms of the merged weights that
+make x stand for its own. How well either does is for a fidelity report to say.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def earlier_shares(
             else:
                 measured = adapted.adapter.weight_norm(own, site_kernels(params, adapted))
             norms.append(measured.reshape(count))
-        share = sites[0].adapter.earlier_share(jnp.concatenate(norms))
+        share = sites[0].adapter.earlier_share(jnp.concatenate(norms), by)
         ends = itertools.accumulate(adapted.site.num_layers for adapted in sites)
         for adapted, end in zip(sites, ends, strict=True):
             own = share[end - adapted.site.num_layers : end]

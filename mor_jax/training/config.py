@@ -64,7 +64,7 @@ class TrainConfig:
     final_learning_rate_ratio: float = 0.0  # of the peak, at the last step
     optimizer: str = "adamw"  # any optimiser of optax by name
     optimizer_options: dict[str, Option] = field(default_factory=dict)  # its further arguments, for example b2
-    weight_decay: float = 0.0  # only on matrices (two axes or more in one layer)
+    weight_decay: float = 0.0  # of factors, routers and kernels; never of vectors, biases, norms and lam
     clip_norm: float = 1.0  # largest global gradient norm; 0 switches clipping off
     rank: int | None = None  # of the factors; the method's own, unless it is given
     alpha: float | None = None

@@ -1,13 +1,16 @@
 """Learning-rate schedules and any optax optimiser by name: clip -> optimiser with masked weight decay.
 
-Adapters come stacked over layers, so whether a leaf is a matrix (and decays) is asked of one layer's leaf: vectors
-such as magnitudes and gate offsets never decay.
+Each method says which of its leaves decay (`Adapter.decays`: by default matrices do and vectors do not). Of a module
+that is trained whole kernels and embeddings decay, biases and norms do not, as is usual with AdamW. Leaves come stacked
+over layers, so axes are counted in one layer: whether layers are scanned or looped changes no decay. Optimisers that
+take a norm of a whole leaf (lamb, lars, novograd, fromage, adafactor) still see the layers of a stack as one.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -37,8 +40,21 @@ def make_schedule(config: TrainConfig) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
+_SPARED = re.compile(r"(.*/)?(bias|scale|\w*norm(_?\d+)?/.*)", re.IGNORECASE)  # paths of leaves that are no kernel
+
+
+def decays_by_name(path: str, ndim: int) -> bool:
+    """Whether a leaf of a base's module decays: two axes or more in one layer, no bias or scale, in no norm.
+
+    Args:
+      path: of the leaf, joined by "/".
+      ndim: its axes in one layer.
+    """
+    return ndim >= 2 and _SPARED.fullmatch(path) is None
+
+
 def decay_mask(params: Any, stacked: Callable[[str], int] | None = None) -> Any:
-    """True for every leaf with two axes or more in one layer, False for vectors.
+    """For parameters of no plan: True for every leaf with two axes or more in one layer, but for biases and norms.
 
     Args:
       params: pytree of arrays.
@@ -49,16 +65,27 @@ def decay_mask(params: Any, stacked: Callable[[str], int] | None = None) -> Any:
     def mask(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         layers = stacked(name) if stacked is not None else int(name.startswith("layers/"))
-        return leaf.ndim - layers >= 2
+        return decays_by_name(name, leaf.ndim - layers)
 
     return jax.tree.map_with_path(mask, params)
 
 
 def plan_decay_mask(plan: AdapterPlan) -> Callable[[Any], Any]:
-    """`decay_mask` that knows from the plan how many layer axes each leaf has."""
-    layers = {adapted.site.path: len(adapted.stack_sizes) for adapted in plan.sites}
-    layers |= {path: len(adapted.stack_sizes) for path, adapted in plan.gates.items()}
-    return lambda params: decay_mask(params, lambda name: layers.get(name.rpartition("/")[0], 0))
+    """params -> True for every leaf that decays, as the plan's methods say, and by name in modules trained whole."""
+    ndims = dict(plan.trained_ndims)
+    owners = {path: (sites[0].adapter, 0) for path, sites in plan.shared.items()}
+    owners |= {path: (adapted.adapter, len(adapted.stack_sizes)) for path, adapted in plan.gates.items()}
+    owners |= {adapted.site.path: (adapted.adapter, len(adapted.stack_sizes)) for adapted in plan.sites}
+
+    def mask(path: Any, leaf: Any) -> bool:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        place, _, own = name.rpartition("/")
+        if place in owners and name not in ndims:
+            method, layers = owners[place]
+            return method.decays(own, leaf.ndim - layers)
+        return decays_by_name(name, ndims.get(name, leaf.ndim))
+
+    return lambda params: jax.tree.map_with_path(mask, params)
 
 
 def make_optimizer(
@@ -89,18 +116,10 @@ def _by_name(config: TrainConfig, mask: Callable[[Any], Any]) -> optax.GradientT
         names = [name for name in dir(optax) if _takes_learning_rate(getattr(optax, name))]
         near = difflib.get_close_matches(config.optimizer, names, n=3) or names
         raise ConfigError(f"optimizer={config.optimizer!r}: optax has no such optimiser: try {', '.join(near)}")
-    options: dict[str, Any] = dict(config.optimizer_options)
-    decay = None
-    if "weight_decay" in parameters and "mask" in parameters:
-        options = {"weight_decay": config.weight_decay, "mask": mask} | options
-    elif config.weight_decay:
-        decay = optax.add_decayed_weights(config.weight_decay, mask)
-    for name in options:
-        if name == "learning_rate":
-            raise ConfigError("optimizer_options: learning_rate is a field of its own: set it there")
-        if name not in parameters:
-            near = difflib.get_close_matches(name, list(parameters), n=3) or list(parameters)
-            raise ConfigError(f"optimizer_options: {config.optimizer} has no {name!r}: try {', '.join(near)}")
+    native = _native_decay(config, parameters, mask)
+    decay = optax.add_decayed_weights(config.weight_decay, mask) if config.weight_decay and not native else None
+    options: dict[str, Any] = native | dict(config.optimizer_options)
+    _check_options(config, parameters, options)
     try:
         made = make(learning_rate=make_schedule(config), **options)
         _trace(made)
@@ -109,6 +128,33 @@ def _by_name(config: TrainConfig, mask: Callable[[Any], Any]) -> optax.GradientT
         given = f"optimizer_options={config.optimizer_options!r}: " if config.optimizer_options else ""
         raise ConfigError(f"optimizer={config.optimizer!r}: {given}a plain step cannot run it: {reason}") from error
     return made if decay is None else optax.chain(decay, made)
+
+
+def _native_decay(config: TrainConfig, parameters: Any, mask: Callable[[Any], Any]) -> dict[str, Any]:
+    """The optimiser's own arguments for masked decay by `weight_decay` times the rate; {} where it has no mask."""
+    if "mask" in parameters:
+        return {"weight_decay": config.weight_decay, "mask": mask}
+    if "weight_decay_mask" not in parameters:
+        return {}
+    if "weight_decay" in parameters:
+        return {"weight_decay": config.weight_decay, "weight_decay_mask": mask}
+    schedule = make_schedule(config)  # adafactor's is what a step takes off, whatever the learning rate
+    rate = (lambda step: config.weight_decay * schedule(step)) if config.weight_decay else None
+    return {"weight_decay_rate": rate, "weight_decay_mask": mask}
+
+
+def _check_options(config: TrainConfig, parameters: Any, options: dict[str, Any]) -> None:
+    for name in options:
+        if name == "learning_rate":
+            raise ConfigError("optimizer_options: learning_rate is a field of its own: set it there")
+        if name not in parameters:
+            near = difflib.get_close_matches(name, list(parameters), n=3) or list(parameters)
+            raise ConfigError(f"optimizer_options: {config.optimizer} has no {name!r}: try {', '.join(near)}")
+    if options.get("weight_decay") and not {"mask", "weight_decay_mask"} & set(parameters):
+        raise ConfigError(
+            f"optimizer_options: {config.optimizer}'s weight_decay reaches every leaf: set weight_decay, a field of "
+            "its own, which spares biases and norms"
+        )
 
 
 def _trace(optimizer: optax.GradientTransformation) -> None:

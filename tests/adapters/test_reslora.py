@@ -121,6 +121,19 @@ def test_shares_of_several_earlier_layers_add_up():
     np.testing.assert_allclose(ResLoRA(form="middle", previous=2).earlier_share(norms), [0, 0.5, 6])
 
 
+@pytest.mark.parametrize("layers", [1, 2, 5])
+def test_shares_by_weight_are_those_of_the_released_code(layers):
+    """W_{n-1}, not W_n, decides how long x_n is: f_{n-2} / f_{n-1}, and 1 where a layer has not two before it."""
+    adapter = ResLoRA(rank=3, form="input", alpha=4.0)
+    kernels, each, stacked = _stack(adapter, layers)
+    norms = adapter.weight_norm(stacked, Kernel(jnp.stack([k.value for k in kernels])))
+    factors = [[leaves.params[name] for leaves in each] for name in ("a", "b")]
+    given = {"alpha": 4.0, "rank": 3}
+    expected = one_layer.oracle("reslora").shares_by_weight([k.value for k in kernels], *factors, given)
+    np.testing.assert_allclose(adapter.earlier_share(norms, by="weight"), expected, rtol=1e-5)
+    assert layers < 3 or np.abs(expected[2:] - 1).min() > 0.01
+
+
 def test_norms_by_input_and_by_weight():
     x = jax.random.normal(KEY, (2, 9, IN))
     second_moments = jnp.einsum("lti,ltj->lij", x, x)

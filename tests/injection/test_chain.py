@@ -1,6 +1,8 @@
 """ResLoRA through whole models: our decoder scanned, as a loop, with remat and packed; its merges; foreign models."""
 
 import dataclasses
+import importlib.util
+import pathlib
 
 import flax.linen as nn
 import jax
@@ -20,6 +22,14 @@ LAYERS = 3
 CONFIG = DecoderConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=LAYERS, num_heads=2)
 IDS = np.random.default_rng(0).integers(0, 32, (2, 6)).astype(np.int32)
 TARGETS = ("q_proj", "down_proj")
+
+
+def _oracle():
+    where = pathlib.Path(__file__).parents[1] / "oracles" / "numpy_reslora.py"
+    spec = importlib.util.spec_from_file_location("numpy_reslora", where)
+    oracle = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(oracle)
+    return oracle
 
 
 def _made(method, config=CONFIG, targets=TARGETS, spread=0.3):
@@ -68,14 +78,7 @@ def _captured(model, plan, params, leaves):
     "options", [{"form": "input"}, {"form": "block"}, {"form": "middle"}, {"form": "middle", "previous": -1}], ids=str
 )
 def test_loop_equals_the_oracle_and_scan_and_remat_equal_the_loop(options):
-    import importlib.util
-    import pathlib
-
-    where = pathlib.Path(__file__).parents[1] / "oracles" / "numpy_reslora.py"
-    spec = importlib.util.spec_from_file_location("numpy_reslora", where)
-    oracle = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(oracle)
-
+    oracle = _oracle()
     method = ResLoRA(rank=2, **options)
     model, params, leaves, plan = _made(method)
     loop_config = dataclasses.replace(CONFIG, scan_layers=False)
@@ -175,6 +178,21 @@ def test_approximate_merges_and_their_measured_error():
     jax.tree.map(np.testing.assert_array_equal, params, frozen)
     with pytest.raises(ValueError, match="at least one calibration batch"):
         earlier_shares(model, params, leaves, plan)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_shares_by_weight_need_no_data(scan):
+    config = dataclasses.replace(CONFIG, scan_layers=scan)
+    model, params, leaves, plan = _made(ResLoRA(rank=2, form="input"), config, targets=("q_proj",))
+    names = ["layers"] if scan else [f"layers_{n}" for n in range(LAYERS)]
+    rows = lambda v: list(v) if scan else [v]  # noqa: E731
+    kernels = [k for name in names for k in rows(params[name]["self_attn"]["q_proj"]["kernel"])]
+    own = [leaves.params[f"{name}/self_attn/q_proj"] for name in names]
+    factors = [[row for each in own for row in rows(each[leaf])] for leaf in ("a", "b")]
+    flat = [np.reshape(k, (k.shape[0], -1)) for k in kernels]
+    expected = _oracle().shares_by_weight(flat, *factors, {"alpha": 16.0, "rank": 2})
+    found = earlier_shares(model, params, leaves, plan, by="weight")
+    np.testing.assert_allclose(np.concatenate([np.ravel(v) for v in found.values()]), expected, rtol=1e-4)
 
 
 def test_the_merge_of_routed_methods_takes_chains_too():

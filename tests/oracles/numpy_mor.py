@@ -42,8 +42,12 @@ def gates(params, x, options):
 
 
 def forward(params, kernel, x, options):
-    """y: (tokens, out) for kernel (in, out) and x (tokens, in); a block gate reads options["block_input"]."""
-    weights = gates(params, options["block_input"] if options["scope"] == "block" else x, options)
+    """y: (tokens, out) for kernel (in, out) and x (tokens, in).
+
+    A gate reads options["block_input"] where it is a block's, and options["router_input"] where x was dropped out.
+    """
+    read = options["block_input"] if options["scope"] == "block" else options.get("router_input", x)
+    weights = gates(params, read, options)
     a, b, lam_a, lam_b = (np.asarray(params[name], np.float64) for name in ("a", "b", "lam_a", "lam_b"))
     kernel, x = np.asarray(kernel, np.float64), np.asarray(x, np.float64)
     scale = options["alpha"] / options["rank"]

@@ -18,9 +18,13 @@ def forward(params, kernel, x, options):
     return y + changes([params["a"]], [params["b"]], [x], options)[0]
 
 
-def changes(factors_a, factors_b, inputs, options):
-    """delta_n: (tokens, out) of each layer from its factors and its own x_n: (tokens, in), whatever made that x_n."""
+def changes(factors_a, factors_b, inputs, options, kept=None):
+    """delta_n: (tokens, out) of each layer from its factors and its own x_n: (tokens, in), whatever made that x_n.
+
+    ``kept``: (tokens, in) of each layer, what dropout multiplies its sums of x with: 0 or 1 / (1 - rate).
+    """
     a, b, x = ([np.asarray(v, np.float64) for v in values] for values in (factors_a, factors_b, inputs))
+    kept = np.ones((len(x), *x[0].shape)) if kept is None else kept
     scale, reach = options["alpha"] / options["rank"], options["previous"]
     found = []
     for n in range(len(a)):
@@ -29,11 +33,20 @@ def changes(factors_a, factors_b, inputs, options):
         for token in range(x[n].shape[0]):
             if options["form"] == "input":
                 earlier = x[n - 1][token] if n else x[0][token]
-                delta[token] = scale * (x[n][token] + earlier) @ a[n] @ b[n]
+                delta[token] = scale * (kept[n][token] * (x[n][token] + earlier)) @ a[n] @ b[n]
             for k in range(first, n + 1):
                 if options["form"] == "block":
-                    delta[token] += scale * x[n][token] @ a[k] @ b[k]
+                    delta[token] += scale * (kept[n][token] * x[n][token]) @ a[k] @ b[k]
                 elif options["form"] == "middle":
-                    delta[token] += scale * x[k][token] @ a[k] @ b[n]
+                    delta[token] += scale * (kept[k][token] * x[k][token]) @ a[k] @ b[n]
         found.append(delta)
     return found
+
+
+def shares_by_weight(kernels, factors_a, factors_b, options):
+    """alpha of each layer: 1 for the first two, then ||W'_{n-2}||_F / ||W'_{n-1}||_F of the merged W' = W + s a b."""
+    scale, norms = options["alpha"] / options["rank"], []
+    for kernel, a, b in zip(kernels, factors_a, factors_b, strict=True):
+        merged = np.asarray(kernel, np.float64) + scale * np.asarray(a, np.float64) @ np.asarray(b, np.float64)
+        norms.append(np.sqrt(sum(entry * entry for entry in merged.ravel())))
+    return np.array([1.0 if n < 2 else norms[n - 2] / norms[n - 1] for n in range(len(norms))])
