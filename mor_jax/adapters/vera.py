@@ -50,15 +50,13 @@ def _product_tangent(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> t
     """The product and its tangent, whose parts for arrays that stand still are left out."""
     x, kernel, shared_a, shared_b, d, lam_b = primals
     merged = _merged(kernel, shared_a, shared_b, d, lam_b)
-    a, b = _cut(shared_a, shared_b, kernel.shape)
     x_dot, kernel_dot, a_dot, b_dot, d_dot, lam_dot = (None if type(t) is SymbolicZero else t for t in tangents)
     y = jnp.matmul(x, merged)
     parts = []
     if x_dot is not None:
         parts.append(jnp.matmul(x_dot, merged))
-    weights = [part for part in (_weighted(d_dot, b, lam_b), _weighted(d, b, lam_dot)) if part is not None]
-    if weights:
-        parts.append(_through_shared(x, a, sum(weights[1:], weights[0])))
+    if d_dot is not None or lam_dot is not None:
+        parts.append(_through_shared(x, shared_a, shared_b, d, lam_b, d_dot, lam_dot, kernel.shape))
     if kernel_dot is not None or a_dot is not None or b_dot is not None:
         given = zip(primals[1:4], (kernel_dot, a_dot, b_dot), strict=True)
         frozen_dot = tuple(jnp.zeros_like(p) if t is None else t for p, t in given)
@@ -69,15 +67,24 @@ def _product_tangent(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> t
     return y, change if jax.typeof(change) == jax.typeof(y) else change + jnp.zeros_like(y)
 
 
-def _weighted(d: Array | None, b: Array, lam_b: Array | None) -> Array | None:
-    """d b * lam_b: (r, out); None where one of the vectors is."""
-    return None if d is None or lam_b is None else d[:, None] * b * lam_b
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=7)
+def _through_shared(
+    x: Array,
+    a: Array,
+    b: Array,
+    d: Array,
+    lam_b: Array,
+    d_dot: Array | None,
+    lam_dot: Array | None,
+    shape: tuple[int, int],
+) -> Array:
+    """x a (d' b * lam_b + d b * lam_b'), (..., out), of the vectors that move.
 
-
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def _through_shared(x: Array, a: Array, weights: Array) -> Array:
-    """x a weights: x a is computed again in the backward pass, once for all sites that read x, and never kept."""
-    return expand(jnp.matmul(x, a), weights)
+    Nothing in here is kept: the backward pass cuts a and b and forms x a again, once for all sites that read x.
+    """
+    a, b = _cut(a, b, shape)
+    weights = [p[:, None] * b * q for p, q in ((d_dot, lam_b), (d, lam_dot)) if p is not None and q is not None]
+    return expand(jnp.matmul(x, a), sum(weights[1:], weights[0]))
 
 
 merged_product.defjvp(_product_tangent, symbolic_zeros=True)
