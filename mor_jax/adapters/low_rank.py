@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import AxisType
 
 from mor_jax.adapters.base import Adapter, Kernel, Leaves, Site
 
@@ -17,24 +18,22 @@ def kaiming_uniform(key: Array, fan_in: int, shape: tuple[int, ...]) -> Array:
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
-@jax.custom_vjp
 def expand(z: Array, b: Array) -> Array:
     """``z @ b`` for a narrow z: (..., r) and b: (r, out), as (..., out) in their dtype.
 
-    The gradient of b is ``z.T @ g``. jax's own rule forms ``(g.T @ z).T``, for which XLA on CPU writes out the
-    transpose of the wide cotangent g: an eighth of a LoRA step at width 512.
+    The gradient of b is ``(g.T @ z).T`` for jax. With the tokens in one axis XLA makes ``z.T @ g`` of it; with several
+    it writes out the transpose of the wide cotangent g on CPU: an eighth of a LoRA step at width 512. The tokens of a
+    mesh's devices stay in their axes, each of which may be split.
     """
-    return jnp.matmul(z, b)
+    if z.ndim <= 2 or _split_by_mesh():
+        return jnp.matmul(z, b)
+    return jnp.matmul(z.reshape(-1, z.shape[-1]), b).reshape(*z.shape[:-1], b.shape[-1])
 
 
-def _expand_backward(kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    z, b = kept
-    tokens = tuple(range(z.ndim - 1))
-    by_z = jax.lax.dot_general(g, b, (((g.ndim - 1,), (1,)), ((), ())))
-    return by_z, jax.lax.dot_general(z, g, ((tokens, tokens), ((), ())))
-
-
-expand.defvjp(lambda z, b: (jnp.matmul(z, b), (z, b)), _expand_backward)
+def _split_by_mesh() -> bool:
+    """Whether an array here may be spread over devices: a mesh is in use, and this is no program of one of them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.size > 1 and any(kind != AxisType.Manual for kind in mesh.axis_types)
 
 
 def start_factors(key: Array, site: Site, rank: int) -> dict[str, Array]:

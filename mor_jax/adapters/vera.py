@@ -13,25 +13,28 @@ gain sqrt(2) over the fan-in of the largest shape, that is U(-sqrt(6 / fan), sqr
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 
 from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, Site
 from mor_jax.adapters.constants import constants_key, rebuildable_uniform
+from mor_jax.adapters.low_rank import expand
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def merged_product(x: Array, kernel: Array, a: Array, b: Array, d: Array, lam_b: Array) -> Array:
     """x (W + (a * d) b * lam_b), (..., out), for the shared a and b before they are cut to the site.
 
     The gradients of d and lam_b both come from (x a)^T g: (r, out), where jax's own rule would form x^T g: (in, out).
     a and b are cut here, so that x a is one product for all sites that read x: cut before, they would be other arrays.
     """
-    return x @ _merged(kernel, a, b, d, lam_b)
+    return jnp.matmul(x, _merged(kernel, a, b, d, lam_b))
 
 
 def _merged(kernel: Array, a: Array, b: Array, d: Array, lam_b: Array) -> Array:
@@ -43,26 +46,48 @@ def _cut(a: Array, b: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
     return a[: shape[0]], b[:, : shape[1]]
 
 
-def _product_forward(x: Array, kernel: Array, *factors: Array) -> tuple[Array, tuple[Array, ...]]:
-    merged = _merged(kernel, *factors)
-    return x @ merged, (x, merged, *factors)
+def _product_tangent(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    """The product and its tangent, whose parts for arrays that stand still are left out."""
+    x, kernel, shared_a, shared_b, d, lam_b = primals
+    merged = _merged(kernel, shared_a, shared_b, d, lam_b)
+    x_dot, kernel_dot, a_dot, b_dot, d_dot, lam_dot = (None if type(t) is SymbolicZero else t for t in tangents)
+    y = jnp.matmul(x, merged)
+    parts = []
+    if x_dot is not None:
+        parts.append(jnp.matmul(x_dot, merged))
+    if d_dot is not None or lam_dot is not None:
+        parts.append(_through_shared(x, shared_a, shared_b, d, lam_b, d_dot, lam_dot, kernel.shape))
+    if kernel_dot is not None or a_dot is not None or b_dot is not None:
+        given = zip(primals[1:4], (kernel_dot, a_dot, b_dot), strict=True)
+        frozen_dot = tuple(jnp.zeros_like(p) if t is None else t for p, t in given)
+        _, merged_dot = jax.jvp(lambda *frozen: _merged(*frozen, d, lam_b), primals[1:4], frozen_dot)
+        parts.append(jnp.matmul(x, merged_dot))
+    change = sum(parts[1:], parts[0])
+    # Along axes of explicit type a sum is split as the finer of its terms is, and the tangent as y is.
+    return y, change if jax.typeof(change) == jax.typeof(y) else change + jnp.zeros_like(y)
 
 
-def _product_backward(kept: tuple[Array, ...], g: Array) -> tuple[Array, ...]:
-    x, merged, shared_a, shared_b, d, lam_b = kept
-    tokens = tuple(range(g.ndim - 1))
-    a, b = _cut(shared_a, shared_b, merged.shape)
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=7)
+def _through_shared(
+    x: Array,
+    a: Array,
+    b: Array,
+    d: Array,
+    lam_b: Array,
+    d_dot: Array | None,
+    lam_dot: Array | None,
+    shape: tuple[int, int],
+) -> Array:
+    """x a (d' b * lam_b + d b * lam_b'), (..., out), of the vectors that move.
 
-    def over_tokens(left: Array) -> Array:
-        return jax.lax.dot_general(left, g, ((tokens, tokens), ((), ())))
-
-    weighted = b * over_tokens(x @ a)
-    # Of the frozen arrays as well: the compiler drops it where nobody asks.
-    _, pullback = jax.vjp(lambda kernel, a, b: _merged(kernel, a, b, d, lam_b), merged, shared_a, shared_b)
-    return g @ merged.T, *pullback(over_tokens(x)), weighted @ lam_b, d @ weighted
+    Nothing in here is kept: the backward pass cuts a and b and forms x a again, once for all sites that read x.
+    """
+    a, b = _cut(a, b, shape)
+    weights = [p[:, None] * b * q for p, q in ((d_dot, lam_b), (d, lam_dot)) if p is not None and q is not None]
+    return expand(jnp.matmul(x, a), sum(weights[1:], weights[0]))
 
 
-merged_product.defvjp(_product_forward, _product_backward)
+merged_product.defjvp(_product_tangent, symbolic_zeros=True)
 
 
 @dataclass(frozen=True, kw_only=True)
