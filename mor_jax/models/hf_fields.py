@@ -100,9 +100,4 @@ def warn_of_unknown(reader: JsonReader, known: frozenset[str] | set[str], model_
         for name, value in reader.values.items()
         if value is not None and name not in known | _SILENT and not name.endswith(("_token_id", "_token_index"))
     ]
-    reader.ignore(
-        sorted(others),
-        f"a {model_type} has no such field in transformers either"
-        if len(others) == 1
-        else f"a {model_type} has no such fields in transformers either",
-    )
+    reader.ignore(sorted(others), f"no part of a {model_type} in transformers, which passes over such fields too")

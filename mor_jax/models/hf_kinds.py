@@ -39,10 +39,8 @@ def check_kind(path: Path, values: dict[str, Any]) -> None:
     for name in ("quantization_config", "compression_config"):
         if values.get(name) is not None:
             method = values[name].get("quant_method") if isinstance(values[name], dict) else None
-            raise reader.fail(
-                name,
-                f"is set; quantised weights{f' ({method})' if method else ''} are not supported, use a float checkpoint",
-            )
+            which = f"quantised weights ({method})" if method else "quantised weights"
+            raise reader.fail(name, f"is set; {which} are not supported, use a float checkpoint")
     layers = values.get("per_layer_config")
     if layers is not None and layers != {}:
         raise reader.fail("per_layer_config", f"is {layers!r}; layers that differ in their sizes are not supported")

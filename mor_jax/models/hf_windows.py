@@ -92,7 +92,7 @@ def read_windows(reader: JsonReader, family: Family, kinds: list[str] | None) ->
         raise reader.fail("sliding_window", f"must be at least 1, got {window}")
     if family.window == "all" and kinds is None:
         if window is None:
-            _check_chunks(reader)
+            _refuse_cached(reader, "attention_chunk_size")
         return {"sliding_window": window}
     if family.window == "all" and (window is None or reader.values.get("head_dim") is None):
         name = "sliding_window" if window is None else "head_dim"
@@ -102,24 +102,20 @@ def read_windows(reader: JsonReader, family: Family, kinds: list[str] | None) ->
 
 def _check_windowless(reader: JsonReader, kinds: list[str] | None) -> None:
     """A Llama of transformers has no window, but its key-value cache keeps to one that the file names."""
-    if kinds is None and reader.values.get("sliding_window") is not None:
-        raise reader.fail(
-            "sliding_window",
-            f"is {reader.values['sliding_window']!r}, which transformers keeps to when this model generates but not in a "
-            "whole pass; supported is null",
-        )
-    if kinds is not None and _SLIDING in kinds:
-        raise reader.fail("layer_types", f"names {_SLIDING}, which this model does not have in a whole pass")
     if kinds is None:
-        _check_chunks(reader)
+        _refuse_cached(reader, "sliding_window")
+        _refuse_cached(reader, "attention_chunk_size")
+    elif _SLIDING in kinds:
+        raise reader.fail("layer_types", f"names {_SLIDING}, which this model does not have in a whole pass")
 
 
-def _check_chunks(reader: JsonReader) -> None:
-    if reader.values.get("attention_chunk_size") is not None:
+def _refuse_cached(reader: JsonReader, name: str) -> None:
+    value = reader.values.get(name)
+    if value is not None:
         raise reader.fail(
-            "attention_chunk_size",
-            f"is {reader.values['attention_chunk_size']!r}, which transformers keeps to when this model generates but "
-            "not in a whole pass; supported is null",
+            name,
+            f"is {value!r}, which transformers keeps to when this model generates but not in a whole pass; "
+            "supported is null",
         )
 
 

@@ -13,7 +13,7 @@ from mor_jax.models.layers import ACTIVATION_FUNCTIONS
 from mor_jax.models.tensors import tensor_table
 
 LENGTH = 12
-_POINTS = np.linspace(-3, 3, 13, dtype=np.float32)
+POINTS = np.linspace(-3, 3, 13, dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -34,25 +34,34 @@ def write(folder, values):
     return folder
 
 
-def torch_model(folder):
-    """transformers' model of the config.json, random, after a forward pass; or the exception that it raises."""
+def forward_or_error(make, tokens):
+    """The torch model that `make` makes, after a forward pass of these tokens; or the exception that it raises."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     logger = logging.getLogger("transformers")
     level, threads = logger.level, torch.get_num_threads()
     logger.setLevel(logging.CRITICAL)
     torch.set_num_threads(1)  # to start more takes longer than these products
     try:
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), attn_implementation="eager")
+        model = make().eval()
         with torch.no_grad():
-            model.eval()(torch.arange(LENGTH)[None] + 3)
+            model(torch.tensor([list(tokens)]))
     except Exception as error:  # of many kinds, none of which it documents
         return error
     finally:
         logger.setLevel(level)
         torch.set_num_threads(threads)
     return model
+
+
+def torch_model(folder):
+    """transformers' decoder of the config.json, random, after a forward pass; or the exception that it raises."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    return forward_or_error(
+        lambda: AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), attn_implementation="eager"),
+        range(3, 3 + LENGTH),
+    )
 
 
 def _their_window(model, layer):
@@ -87,7 +96,7 @@ def their_meaning(model) -> Meaning:
             getattr(model.config, "final_logit_softcapping", None) if "gemma" in model.config.model_type else None,
             1.0 if scale is None else float(scale),
         ),
-        layers[0].mlp.act_fn(torch.tensor(_POINTS)).numpy(),
+        layers[0].mlp.act_fn(torch.tensor(POINTS)).numpy(),
     )
 
 
@@ -107,7 +116,7 @@ def our_meaning(config: DecoderConfig) -> Meaning:
         tuple(found[kind] for kind in config.rope_kinds),
         ((config.query_scalar or config.head_dim) ** -0.5, config.attention_softcap),
         (config.rms_norm_eps, config.logit_softcap, config.embedding_scale or 1.0),
-        np.asarray(ACTIVATION_FUNCTIONS[config.hidden_act](_POINTS)),
+        np.asarray(ACTIVATION_FUNCTIONS[config.hidden_act](POINTS)),
     )
 
 
