@@ -80,7 +80,9 @@ def _hint(values: dict[str, Any]) -> str:
             (name for prefix, name in families.items() if first.startswith((f"{prefix}For", f"{prefix}M"))), ""
         )
         return f"; architectures names {first}: did you mean {found}?" if found else ""
-    written = str(model_type).lower().replace("-", "").replace("_", "").replace(".", "").replace(" ", "")
+    if not isinstance(model_type, str):
+        return ""
+    written = model_type.lower().replace("-", "").replace("_", "").replace(".", "").replace(" ", "")
     if written not in _OTHER_NAMES and model_type in _families_of_transformers():
         return "; that is another family, whose weights mean something else"
     plain = {name.replace("_", ""): name for name in _KNOWN} | _OTHER_NAMES
