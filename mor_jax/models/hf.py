@@ -28,6 +28,7 @@ from mor_jax.models.hf_config import config_to_hf, read_config, same_model
 from mor_jax.models.hf_encoder import LABEL_FIELDS
 from mor_jax.models.hf_json import ModelFileError, read_json
 from mor_jax.models.tensor_file import new_folder, save_tensors
+from mor_jax.models.tensor_hints import HEAD, folder_hint, name_hint, shape_hint
 from mor_jax.models.tensors import TensorEntry, common_name, is_derived, is_left_out, tensor_table
 from mor_jax.processes import gathered
 
@@ -43,7 +44,6 @@ _COPIED = (
     "generation_config.json",
 )
 _FLOATS = ("F64", "F32", "F16", "BF16")  # anything else is quantised, or no weight
-_HEAD = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
 _LOGGER = logging.getLogger(__name__)
 
@@ -53,9 +53,7 @@ def _shard_files(directory: Path) -> dict[str, list[str] | None]:
     if (directory / SINGLE_FILE).is_file():
         return {SINGLE_FILE: None}
     if not (directory / INDEX_FILE).is_file():
-        pickled = sorted(file.name for file in directory.glob("*.bin"))
-        hint = f"; {pickled[0]} is a pickle and is never opened: convert it to safetensors" if pickled else ""
-        raise ModelFileError(f"{directory}: neither {SINGLE_FILE} nor {INDEX_FILE} is there{hint}")
+        raise ModelFileError(f"{directory}: neither {SINGLE_FILE} nor {INDEX_FILE} is there{folder_hint(directory)}")
     index = directory / INDEX_FILE
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -104,26 +102,28 @@ class _Checkpoint:
         expected = {entry.name for entry in table}
         missing = sorted(expected - set(self.file_of))
         if missing:
-            hint = ""
-            if missing == [_HEAD]:
-                hint = "; if the head is the embedding, config.json must say tie_word_embeddings = true"
+            hint = name_hint(self._own_names.values(), expected, config)
             raise ModelFileError(f"{self.directory}: {_listed(missing)} missing{hint}")
         extra = sorted(name for name in set(self.file_of) - expected if not is_derived(name))
         left_out = [name for name in extra if is_left_out(name, config)]
         if left_out:
             _LOGGER.warning("%s: %s left out: this model has no such module", self.directory, _listed(left_out))
         extra = [name for name in extra if name not in left_out]
-        if isinstance(config, DecoderConfig) and config.tie_word_embeddings and _HEAD in extra:
+        if isinstance(config, DecoderConfig) and config.tie_word_embeddings and HEAD in extra:
             self._check_tied_head()
-            extra.remove(_HEAD)
+            extra.remove(HEAD)
         if extra:
-            raise ModelFileError(f"{self.directory}: {_listed(extra)} not part of a {config.model_type} of this config")
+            hint = name_hint(self._own_names.values(), expected, config)
+            raise ModelFileError(
+                f"{self.directory}: {_listed(extra)} not part of a {config.model_type} of this config{hint}"
+            )
         for entry in table:
             tensor = self.slices(entry.name)
             file, found = self.directory / self.file_of[entry.name], tuple(tensor.get_shape())
             if found != entry.shape:
                 raise ModelFileError(
                     f"{file}: tensor {entry.name} has shape {found}, config.json asks for {entry.shape}"
+                    f"{shape_hint(entry.name, found, entry.shape)}"
                 )
             if tensor.get_dtype() not in _FLOATS:
                 raise ModelFileError(
@@ -131,13 +131,13 @@ class _Checkpoint:
                 )
 
     def _check_tied_head(self) -> None:
-        head, embedding = self.slices(_HEAD), self.slices(_EMBEDDING)
+        head, embedding = self.slices(HEAD), self.slices(_EMBEDDING)
         same = head.get_shape() == embedding.get_shape()
         rows, step = embedding.get_shape()[0], 4096
         pieces = [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
         if not (same and all(np.array_equal(head[piece], embedding[piece]) for piece in pieces)):
             raise ModelFileError(
-                f"{self.directory}: config.json ties the head to the embedding, but {_HEAD} differs from {_EMBEDDING}"
+                f"{self.directory}: config.json ties the head to the embedding, but {HEAD} differs from {_EMBEDDING}"
             )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mor_jax.models.config import EncoderConfig
+from mor_jax.models.hf_fields import read_activation, read_dtype, warn_of_unknown
 from mor_jax.models.hf_json import JsonReader, ModelFileError
 
 
@@ -31,6 +32,12 @@ ENCODER_FAMILIES = {
     "roberta": EncoderFamily("Roberta", "dense", True, False, {**_BERT, "pad_token_id": 1}),
 }
 LABEL_FIELDS = ("id2label", "label2id", "num_labels", "problem_type")
+_ONE_CLASS = "single_label_classification"
+_READ = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "type_vocab_size"),
+    *("max_position_embeddings", "layer_norm_eps", "hidden_act", "initializer_range"),
+    *("is_decoder", "add_cross_attention", "tie_word_embeddings"),
+)
 _CLASSIFIER = "ForSequenceClassification"
 _PRETRAINING = ("ForMaskedLM", "ForPreTraining")
 
@@ -43,30 +50,31 @@ def parse_encoder(path: Path, values: dict[str, Any]) -> EncoderConfig:
     """
     family = ENCODER_FAMILIES[values["model_type"]]
     reader = JsonReader(path, values, family.defaults)
-    if reader.get("is_decoder", bool, False) or reader.get("add_cross_attention", bool, False):
-        raise reader.fail("is_decoder", "or add_cross_attention is set; only bidirectional encoders are supported")
-    if reader.get("position_embedding_type", str, "absolute") != "absolute":
-        raise reader.fail("position_embedding_type", "is not 'absolute'; relative positions are not supported")
+    decoders = [name for name in ("is_decoder", "add_cross_attention") if reader.get(name, bool, False)]
+    if decoders:
+        raise reader.fail(decoders[0], "is true; only bidirectional encoders are supported")
     kind = _kind(reader, family)
     head = family.head if kind == _CLASSIFIER else "none"
-    stored = values.get("dtype", values.get("torch_dtype"))
-    dtype = "bfloat16" if stored == "bfloat16" else "float32"
     fields = {
-        "vocab_size": reader.get("vocab_size", int, required=True),
-        "hidden_size": reader.get("hidden_size", int, required=True),
-        "intermediate_size": reader.get("intermediate_size", int, required=True),
-        "num_layers": reader.get("num_hidden_layers", int, required=True),
-        "num_heads": reader.get("num_attention_heads", int, required=True),
-        "max_position_embeddings": reader.get("max_position_embeddings", int, required=True),
+        "vocab_size": reader.count("vocab_size"),
+        "hidden_size": reader.count("hidden_size"),
+        "intermediate_size": reader.count("intermediate_size"),
+        "num_layers": reader.count("num_hidden_layers"),
+        "num_heads": reader.count("num_attention_heads"),
+        "max_position_embeddings": reader.count("max_position_embeddings"),
         "position_offset": reader.get("pad_token_id", int, required=True) + 1 if family.padded_positions else 0,
-        "type_vocab_size": reader.get("type_vocab_size", int, required=True),
+        "type_vocab_size": reader.count("type_vocab_size"),
         "layer_norm_eps": reader.get("layer_norm_eps", float, required=True),
-        "hidden_act": reader.get("hidden_act", str, "gelu"),
+        "hidden_act": read_activation(reader, "hidden_act", "gelu"),
         "initializer_range": reader.get("initializer_range", float, 0.02),
         "pooler": _has_pooler(kind, head, family),
         "head": head,
         "labels": _labels(reader) if head != "none" else (),
     }
+    dtype = read_dtype(reader)
+    usual = values.get("position_embedding_type") == "absolute"  # older files say so; there is no other kind any more
+    known = {*_READ, "position_embedding_type"} if usual else {*_READ}
+    warn_of_unknown(reader, known, values["model_type"])
     try:
         return EncoderConfig(**fields, model_type=values["model_type"], dtype=dtype, param_dtype=dtype)
     except ValueError as error:
@@ -75,7 +83,7 @@ def parse_encoder(path: Path, values: dict[str, Any]) -> EncoderConfig:
 
 def _kind(reader: JsonReader, family: EncoderFamily) -> str:
     """What follows the family in the name of the class that the file names."""
-    names = reader.get("architectures", list) or [f"{family.prefix}Model"]
+    names = reader.get("architectures", list, nullable=True) or [f"{family.prefix}Model"]
     kinds = ("Model", _CLASSIFIER, *_PRETRAINING)
     if names[0] not in [family.prefix + kind for kind in kinds]:
         known = ", ".join(family.prefix + kind for kind in kinds)
@@ -90,18 +98,23 @@ def _has_pooler(kind: str, head: str, family: EncoderFamily) -> bool:
 
 
 def _labels(reader: JsonReader) -> tuple[str, ...]:
-    if reader.get("problem_type", str, "single_label_classification") != "single_label_classification":
-        raise reader.fail("problem_type", "is not single_label_classification; regression is not supported")
-    names = reader.get("id2label", dict)
-    if names is None:
-        return tuple(f"LABEL_{number}" for number in range(reader.get("num_labels", int, 2)))
+    kind = reader.get("problem_type", str, nullable=True) or _ONE_CLASS
+    if kind != _ONE_CLASS:
+        raise reader.fail("problem_type", f"is {kind!r}; only {_ONE_CLASS} is supported")
+    names, number = reader.get("id2label", dict, nullable=True), reader.count("num_labels", required=False)
+    if names is None or number not in (None, len(names)):
+        if names is not None:
+            reader.ignore(["id2label"], f"it names {len(names)} classes, but num_labels = {number} goes before it")
+        if number == 1:
+            raise reader.fail("num_labels", "is 1, which is a regression; at least two classes are supported")
+        return tuple(f"LABEL_{each}" for each in range(number or 2))
     try:
-        ordered = {int(number): str(name) for number, name in names.items()}
+        ordered = {int(each): str(name) for each, name in names.items()}
     except ValueError:
         raise reader.fail("id2label", "must have whole numbers as keys") from None
     if sorted(ordered) != list(range(len(ordered))) or len(ordered) < 2:
-        raise reader.fail("id2label", f"must name the classes 0, 1, ...; got {sorted(ordered)}")
-    return tuple(ordered[number] for number in range(len(ordered)))
+        raise reader.fail("id2label", f"must name at least two classes 0, 1, ...; got {sorted(ordered)}")
+    return tuple(ordered[each] for each in range(len(ordered)))
 
 
 def encoder_to_hf(config: EncoderConfig) -> dict[str, Any]:
@@ -123,9 +136,9 @@ def encoder_to_hf(config: EncoderConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "max_position_embeddings": config.max_position_embeddings,
         "type_vocab_size": config.type_vocab_size,
-        "layer_norm_eps": config.layer_norm_eps,
+        "layer_norm_eps": float(config.layer_norm_eps),
         "hidden_act": config.hidden_act,
-        "initializer_range": config.initializer_range,
+        "initializer_range": float(config.initializer_range),
         "pad_token_id": config.position_offset - 1 if family.padded_positions else family.defaults["pad_token_id"],
         "position_embedding_type": "absolute",
         "torch_dtype": str(config.param_dtype),
@@ -152,5 +165,5 @@ def label_fields(config: EncoderConfig) -> dict[str, Any]:
         "id2label": names,
         "label2id": {name: int(number) for number, name in names.items()},
         "num_labels": len(config.labels),
-        "problem_type": "single_label_classification",
+        "problem_type": _ONE_CLASS,
     }

@@ -226,7 +226,7 @@ def test_what_does_not_fit_is_named(pair, ids, tmp_path):
     values = config_to_hf(pair.config)
     for name, value, named in (
         ("is_decoder", True, "is_decoder"),
-        ("position_embedding_type", "relative_key", "relative"),
+        ("hidden_act", "mish", "hidden_act"),
         ("architectures", ["BertForQuestionAnswering"], "architectures"),
         ("num_attention_heads", 5, "5 heads"),
     ):

@@ -120,9 +120,15 @@ def test_old_and_new_spellings_of_rotary_settings(tmp_path):
         ({"quantization_config": {"bits": 4}}, "field 'quantization_config' is set; quantised"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope type 'longrope' is not supported"),
         ({"rope_scaling": {"rope_type": "linear"}}, "field 'factor' is missing"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "what": 1}}, "unknown entries ['what']"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": "2"}},
+            "field 'factor' must be a finite number, got '2' (in",
+        ),
         ({"rope_scaling": {"rope_type": "linear", "factor": -1.0}}, "factor must be positive"),
-        ({"partial_rotary_factor": 0.5}, "field 'partial_rotary_factor' is not 1"),
+        (
+            {"partial_rotary_factor": 0.5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            "field 'partial_rotary_factor' is not 1",
+        ),
     ],
 )
 def test_wrong_values_are_errors_with_file_and_field(tmp_path, change, message):
