@@ -11,6 +11,7 @@ from mor_jax.cli.merge import (
     LOW_RANK,
     check_gates,
     check_output,
+    kept_dtype,
     low_rank,
     merged_model,
     opened_at_rank,
@@ -30,6 +31,8 @@ from mor_jax.export import (
 )
 from mor_jax.injection import AdapterPlan
 from mor_jax.merging import FidelityReport, as_lora
+from mor_jax.models import carried_files
+from mor_jax.models.dtypes import STORED
 from mor_jax.processes import is_alone
 
 
@@ -43,8 +46,14 @@ def export_command(options: ExportOptions) -> dict[str, Any]:
       UsageError, DataError, ModelFileError, ExportError: bad input; nothing has been written.
     """
     output = check_output(options.output_dir)
-    live = opened_at_rank(options)
+    if options.dtype is not None and options.format != "hf":
+        raise UsageError(f"--dtype {options.dtype}: is for --format hf; an adapter is written in float32, as trained")
+    # PEFT puts the adapter on what the file holds; our own format is checked on what was trained on
+    kept = {"hf": kept_dtype(options), "peft": STORED, "safetensors": None}[options.format]
+    live = opened_at_rank(options, kept)
     check_gates(options, live.tasks)
+    if options.format == "hf":
+        carried_files(live.directory)  # before the work
     write = {"hf": _export_hf, "peft": _export_peft, "safetensors": _export_adapter}[options.format]
     with live.on_devices():
         found, report = write(live, options, output)
@@ -67,7 +76,7 @@ Outcome = tuple[Verification | None, FidelityReport | None]
 def _export_hf(live: LiveModel, options: ExportOptions, output: Path) -> Outcome:
     """Always verified: by transformers with `--verify` where torch is installed, else by our own reader."""
     merged, report = merged_model(live, options)
-    export_hf(merged, live.config, output, source_dir=live.directory, report=report)
+    export_hf(merged, live.config, output, source_dir=live.directory, report=report, dtype=options.dtype)
     return verify_export(output, merged, live.config, **_probe(live, options)), report
 
 

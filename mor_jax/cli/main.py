@@ -141,10 +141,10 @@ COMMANDS = {
     "demo": Command(demo, _OPTIONS + "DemoOptions", (), (), "fine-tune, merge, export and verify the embedded example"),
     "train": Command(train, "mor_jax.training.config:TrainConfig", (), (), "train an adapter", launch=True),
     "eval": Command(
-        evaluate, _OPTIONS + "EvalOptions", ("model",), ("data",), "measure on held-out records", launch=True
+        evaluate, _OPTIONS + "EvalOptions", ("model_or_run",), ("data",), "measure on held-out records", launch=True
     ),
     "generate": Command(
-        generate, _OPTIONS + "GenerateOptions", ("model",), ("prompt",), "go on from a prompt", launch=True
+        generate, _OPTIONS + "GenerateOptions", ("model_or_run",), ("prompt",), "go on from a prompt", launch=True
     ),
     "merge": Command(
         merge, _OPTIONS + "MergeOptions", ("run",), ("output_dir",), "fold an adapter into its base", launch=True

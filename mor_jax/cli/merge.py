@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ from mor_jax.merging import (
     refactor,
     routed_paths,
 )
-from mor_jax.models import make_model
+from mor_jax.models import carried_files, make_model, round_params, written_dtypes
+from mor_jax.models.dtypes import STORED
 from mor_jax.training.distributed import check_same_content, first_decides
+from mor_jax.training.recorded_base import expanded_path
 
 _LOGGER = logging.getLogger(__name__)
 LOW_RANK = ("least_squares", "sequential", "distill")
@@ -41,7 +44,7 @@ def check_output(directory: str) -> Path:
     Raises:
       UsageError: it exists and holds something.
     """
-    path = Path(directory)
+    path = Path(expanded_path(directory))
 
     def check() -> None:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -51,13 +54,18 @@ def check_output(directory: str) -> Path:
     return path
 
 
-def opened_at_rank(options: MergeOptions | ExportOptions) -> LiveModel:
+def opened_at_rank(options: MergeOptions | ExportOptions, kept: str | None = None) -> LiveModel:
     """The run; cut to `rank` if its adapter has a rank to cut, and is not one that a LoRA of that rank stands for.
 
+    Args:
+      options: which run, and how.
+      kept: as in `open_run`.
+
     Raises:
-      UsageError: there is no such run, or the rank is out of range.
+      UsageError: there is no such run, its base is not there, or the rank is out of range.
+      AdapterFileError: the base is not the run's.
     """
-    live = open_run(options.run, mesh=options.mesh)
+    live = open_run(options.run, mesh=options.mesh, base=options.model, kept=kept)
     if options.mergeable:
         live = _allowed_to_merge(live)
     imitated = live.plan is not None and any(adapted.adapter.routed for adapted in live.plan.sites)
@@ -129,7 +137,22 @@ def merged_model(live: LiveModel, options: MergeOptions | ExportOptions) -> tupl
         tasks=live.tasks,
         call=run_call(live),
         others={} if any(adapted.adapter.chained for adapted in plan.sites) else {"distill": distilled},
+        rounding=_rounding(live, options),
     )
+
+
+def kept_dtype(options: MergeOptions | ExportOptions) -> str:
+    """In which dtype the base stays in memory to be merged, so that a sum is rounded once, to what is written.
+
+    That is the base's own, or float32, which holds all others, where another is asked for.
+    """
+    return STORED if options.dtype is None else "float32"
+
+
+def _rounding(live: LiveModel, options: MergeOptions | ExportOptions) -> Callable[[dict], dict]:
+    """Rounds a merge to the dtypes that it is written in, so that its fidelity is that of the file."""
+    dtypes = written_dtypes(live.config, live.directory, options.dtype)
+    return lambda merged: round_params(merged, live.config, dtypes)
 
 
 def low_rank(
@@ -156,7 +179,7 @@ def low_rank(
     rank = _rank(plan, options.rank)
     calibration, held_out = run_batches(live, options)
     new_plan, new_leaves = _fit_low_rank(live, options, options.gates, rank, calibration)
-    merged = merge(live.params, new_leaves, new_plan)
+    merged = _rounding(live, options)(merge(live.params, new_leaves, new_plan))
     report = measure_fidelity(
         make_model(live.config),
         live.params,
@@ -226,9 +249,10 @@ def merge_command(options: MergeOptions) -> dict[str, Any]:
       UsageError, DataError, ModelFileError: bad input; nothing has been written.
     """
     output = check_output(options.output_dir)
-    live = opened_at_rank(options)
+    live = opened_at_rank(options, kept_dtype(options))
     check_gates(options, live.tasks)
+    carried_files(live.directory)  # before the work
     with live.on_devices():
         merged, report = merged_model(live, options)
-        export_hf(merged, live.config, output, source_dir=live.directory, report=report)
+        export_hf(merged, live.config, output, source_dir=live.directory, report=report, dtype=options.dtype)
     return report_summary(report) | {"output_dir": str(output)}

@@ -30,13 +30,16 @@ from mor_jax.models import (
     load_params,
     make_model,
     read_config,
+    stored_dtypes,
 )
+from mor_jax.models.dtypes import STORED
 from mor_jax.processes import gathered
 from mor_jax.training.build import base_specs, recorded_tokens, widest_mesh, with_day
 from mor_jax.training.config import TrainConfig, check_day, load_config
 from mor_jax.training.distributed import check_same_everywhere
 from mor_jax.training.integrity import MANIFEST
 from mor_jax.training.mesh import MeshError, make_mesh, put_batch, row_ways
+from mor_jax.training.recorded_base import absolute_path, check_base_config, check_base_weights, expanded_path
 from mor_jax.training.sharding import RULES, on_devices, shardings_of
 from mor_jax.training.step import put_leaves
 
@@ -177,25 +180,29 @@ def adapter_inputs(batch: Mapping[str, Any]) -> AdapterInputs:
     return AdapterInputs(**{name: batch[name] for name in names})
 
 
-def open_model(path: str | Path, dtype: str | None = None, mesh: str = "") -> LiveModel:
+def open_model(path: str | Path, dtype: str | None = None, mesh: str = "", base: str = "") -> LiveModel:
     """The model at a path.
 
     Args:
       path: a Hugging Face directory, or the run folder of a finished `mor train`.
       dtype: of the computation; None takes the run's own, or float32.
       mesh: of the devices, as in `mor train`; empty is for `choose_devices`.
+      base: directory of a run's base, where that is not where the run says.
 
     Raises:
-      UsageError: there is nothing to open at the path, or the run has no adapter yet.
+      UsageError: there is nothing to open at the path, the run has no adapter yet, or its base is not there.
+      AdapterFileError: the base is another one than the run was trained on.
       MeshError: the mesh does not fit the devices or the model.
       ModelFileError, ConfigError: a file is not as it should be.
       IntegrityError: the adapter fails its checksums.
     """
-    path = Path(path)
+    path = Path(expanded_path(path))
     if not path.is_dir():
         raise UsageError(f"{path}: no such folder; give a Hugging Face directory or the run folder of `mor train`")
     if (path / "config.yaml").is_file():
-        return open_run(path, dtype, mesh)
+        return open_run(path, dtype, mesh, base)
+    if base:
+        raise UsageError(f"--model {base}: says where the base of a run is, and {path} is no run of `mor train`")
     config = dataclasses.replace(read_config(path), dtype=dtype or "float32", param_dtype=dtype or "float32")
     check_same_everywhere({"config.json": repr(config)})
     devices, specs = choose_devices(config, mesh)
@@ -239,26 +246,65 @@ def at_rank(live: LiveModel, rank: int) -> LiveModel:
     return dataclasses.replace(live, plan=plan, leaves=leaves)
 
 
-def open_run(path: str | Path, dtype: str | None = None, mesh: str = "") -> LiveModel:
-    """The base of a run with its trained adapter; arguments and errors as of `open_model`."""
-    from mor_jax.training.adapter_file import load_adapter
+def open_run(
+    path: str | Path, dtype: str | None = None, mesh: str = "", base: str = "", kept: str | None = None
+) -> LiveModel:
+    """The base of a run with its trained adapter; arguments and errors as of `open_model`.
+
+    Args:
+      path: the run folder.
+      dtype: of the computation.
+      mesh: of the devices.
+      base: directory of its base.
+      kept: dtype of the base's parameters in memory, or "stored" for that of each in its file; None takes the one that
+        they were trained in, in which they are first recognised.
+    """
+    from mor_jax.training.adapter_file import load_adapter, read_description
     from mor_jax.training.classification import classifier_config, load_base
 
-    run = Path(path)
+    run = Path(expanded_path(path))
     if not (run / "config.yaml").is_file():
         raise UsageError(f"{run}: no config.yaml in it; give the run folder of `mor train`")
     if not (run / "adapter").is_dir():
         raise UsageError(f"{run}: has no adapter/ yet; finish the run with `mor train {run}/config.yaml --resume`")
     train = load_config(run / "config.yaml")
-    stored = train.param_dtype or train.dtype  # as it was trained on, whatever it is computed in now
-    base = read_config(train.model)
-    base = dataclasses.replace(base, dtype=dtype or train.dtype, param_dtype=stored, scan_layers=train.scan_layers)
-    config = classifier_config(base, train.labels) if isinstance(base, EncoderConfig) and train.labels else base
+    train = dataclasses.replace(train, model=_base_directory(run, train.model, base))
+    trained = train.param_dtype or train.dtype
+    stored = read_config(train.model)
+    stored = dataclasses.replace(stored, dtype=dtype or train.dtype, param_dtype=trained, scan_layers=train.scan_layers)
+    config = classifier_config(stored, train.labels) if isinstance(stored, EncoderConfig) and train.labels else stored
     manifest = (run / "adapter" / MANIFEST).read_text(encoding="utf-8")  # with the checksums of the other files
     check_same_everywhere({f"adapter/{MANIFEST}": manifest, "config.json": repr(config)})
+    where, described = f"{train.model} is not the base of {run}", read_description(run / "adapter")
+    check_base_config(where, described, config)
     devices, specs = choose_devices(config, mesh)
-    params = load_base(train, base, config, shardings_of(specs, devices))
+    load = functools.partial(load_base, train, stored, config, shardings_of(specs, devices))
+    params = load()
+    check_base_weights(where, described, params)
     example = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    plan, leaves, metadata = load_adapter(run / "adapter", make_model(config), params, example)
+    plan, leaves, metadata = load_adapter(run / "adapter", make_model(config), params, example, check_base=False)
     leaves = put_leaves(leaves, plan, specs, devices)
+    if kept is not None and _dtypes(train.model, config, kept) != {jnp.dtype(trained)}:
+        del params  # never both at once
+        params = load(dtype=kept)
     return LiveModel(Path(train.model), config, params, devices, run, train, plan, leaves, metadata)
+
+
+def _base_directory(run: Path, recorded: str, given: str) -> str:
+    """The absolute path of the base that a run names, or of the one given instead.
+
+    Raises:
+      UsageError: there is no such folder.
+    """
+    found = absolute_path(given or recorded)
+    if Path(found).is_dir():
+        return found
+    if given:
+        raise UsageError(f"--model {given}: no such folder; give the Hugging Face directory that {run} was trained on")
+    relative = "" if Path(recorded).is_absolute() else f" (looked for as {found})"
+    raise UsageError(f"{run}: its base {recorded} is not there{relative}; say where it is now by --model DIR")
+
+
+def _dtypes(directory: str, config: ModelConfig, kept: str) -> set[Any]:
+    """Those of the parameters that are loaded as `kept`."""
+    return set(stored_dtypes(directory, config).values()) if kept == STORED else {jnp.dtype(kept)}

@@ -12,6 +12,7 @@ import csv
 import gzip
 import json
 import math
+import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -65,7 +66,8 @@ class DataSource:
 def parse_source(text: str) -> DataSource:
     """The `DataSource` named by `[TASK=]PATH[:WEIGHT]`; without `TASK=` the task is `default`.
 
-    A text that is the name of an existing file is taken whole, so that odd file names stay usable.
+    A text that is the name of an existing file is taken whole, so that odd file names stay usable. A path that begins with
+    `~/` lies in the home folder.
 
     >>> parse_source("math=data/gsm.jsonl:0.5")
     DataSource(path='data/gsm.jsonl', task='math', weight=0.5)
@@ -87,7 +89,7 @@ def parse_source(text: str) -> DataSource:
             raise DataError(f"{text}: the weight after ':' must be a number, got {tail!r}") from None
     if not path:
         raise DataError(f"{text!r} names no file; write [TASK=]PATH[:WEIGHT]")
-    return DataSource(path, task, weight)
+    return DataSource(os.path.expanduser(path) if path.startswith("~/") else path, task, weight)
 
 
 def parse_sources(texts: Sequence[str]) -> tuple[DataSource, ...]:

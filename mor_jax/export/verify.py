@@ -1,5 +1,8 @@
 """Whether what was written computes what the live model computes: logits in float32, side by side.
 
+The live model's parameters are first rounded to the dtypes of the file, so that rounding to bfloat16, which is meant and
+which a fidelity report measures, does not hide what is not meant.
+
 Where torch is installed, transformers (and for adapters PEFT) loads the folder as anybody else would; elsewhere our own
 reader loads it again, which finds what was written wrongly but not what was understood wrongly.
 """
@@ -23,7 +26,7 @@ import numpy as np
 from mor_jax.adapters import Leaves
 from mor_jax.export.peft import read_peft
 from mor_jax.injection import Adapted, AdapterPlan
-from mor_jax.models import EncoderConfig, ModelConfig, load_params, make_model
+from mor_jax.models import EncoderConfig, ModelConfig, load_params, make_model, round_params, stored_dtypes
 from mor_jax.training.adapter_file import load_adapter
 from mor_jax.training.mesh import put
 
@@ -115,7 +118,7 @@ def verify_export(
 
     Args:
       directory: of `export_hf`.
-      params: the merged parameters that were exported.
+      params: the merged parameters that were exported, in the dtypes of the file or in others that hold them.
       config: their config.
       tokens: (B, S) int token rows without padding; None takes `probe_tokens`.
       tolerance: largest absolute logit difference that is still rounding. Where the live model's logits move further
@@ -129,13 +132,14 @@ def verify_export(
     """
     tokens = probe_tokens(config) if tokens is None else np.asarray(tokens)
     chosen = _chosen(reader, torch_installed())
+    params = round_params(params, config, stored_dtypes(directory, config))
     if chosen == "transformers":
         found = _torch_logits(_load_torch(Path(directory), config), tokens)
     else:
         places = None
         if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params)):
             places = jax.tree.map(lambda leaf: leaf.sharding, params)
-        stored = load_params(directory, config, places, dtype=jax.tree.leaves(params)[0].dtype)
+        stored = load_params(directory, config, places, dtype="stored")
         found = live_logits(stored, config, tokens)
     return _compare(found, lambda own: live_logits(own, config, tokens), (params, config), tolerance, chosen)
 

@@ -76,6 +76,7 @@ def merge_routed(
     call: ModelCall = language_model_call,
     evaluate: Callable[[Callable[[Batch], Array]], float] | None = None,
     others: Mapping[str, Callable[[], dict[str, Any]]] | None = None,
+    rounding: Callable[[dict[str, Any]], dict[str, Any]] = lambda merged: merged,
 ) -> tuple[dict[str, Any], FidelityReport]:
     """Merged parameters and how faithful they are; exact where every site's method has an exact merge.
 
@@ -93,6 +94,7 @@ def merge_routed(
         call: Batch -> (args, kwargs, adapter inputs); the model returns logits.
         evaluate: (batch -> logits) -> a task metric for the report.
         others: Further ways to merge, {name: a function that returns merged parameters}; called only where needed.
+        rounding: What becomes of merged parameters when they are written; the rounded ones are measured and returned.
 
     Raises:
         ValueError: for an unknown ``gates`` or task, no data, or held-out rows among the calibration rows.
@@ -102,10 +104,10 @@ def merge_routed(
     names = _known_merges(gates, others)
     report = functools.partial(measure_fidelity, model, params, leaves, plan, call=call)
     if not routed_paths(plan):
-        merged = merge(params, leaves, plan)
+        merged = rounding(merge(params, leaves, plan))
         return merged, report(merged, heldout, method="exact", evaluate=evaluate)
     _check_data(calibration, heldout)
-    one = lambda name: (  # noqa: E731
+    one = lambda name: rounding(  # noqa: E731
         others[name]() if name in others else _merge_one(model, params, leaves, plan, name, calibration, call, tasks)
     )
     if gates != "best":

@@ -1,11 +1,13 @@
 """Base models: one configured decoder and one encoder, their Hugging Face files, and generation."""
 
+from mor_jax.models.carried_files import carried_files
 from mor_jax.models.config import DecoderConfig, EncoderConfig, ModelConfig, RopeScaling
 from mor_jax.models.decoder import Decoder, HeadKernel, head_kernel, init_cache
+from mor_jax.models.dtypes import DtypeRangeError, round_params
 from mor_jax.models.encoder import Encoder, mean_embedding
 from mor_jax.models.family import abstract_params, add_head, make_model, with_head
 from mor_jax.models.generation import CachedForward, generate
-from mor_jax.models.hf import load_params, save_params
+from mor_jax.models.hf import load_params, save_params, stored_dtypes, written_dtypes
 from mor_jax.models.hf_config import config_to_hf, known_config, read_config
 from mor_jax.models.hf_json import ModelFileError
 from mor_jax.models.logical_axes import logical_axes
@@ -15,12 +17,14 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "Encoder",
+    "DtypeRangeError",
     "EncoderConfig",
     "ModelConfig",
     "ModelFileError",
     "RopeScaling",
     "abstract_params",
     "add_head",
+    "carried_files",
     "config_to_hf",
     "generate",
     "HeadKernel",
@@ -32,6 +36,9 @@ __all__ = [
     "make_model",
     "mean_embedding",
     "read_config",
+    "round_params",
     "save_params",
+    "stored_dtypes",
     "with_head",
+    "written_dtypes",
 ]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -22,27 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from mor_jax.models.carried_files import carried_files, copy_files
 from mor_jax.models.config import DecoderConfig, EncoderConfig, ModelConfig
-from mor_jax.models.family import abstract_params
+from mor_jax.models.dtypes import DTYPES, STORED, as_written, check_dtype, common_dtype, dtype_fields, main_dtype
 from mor_jax.models.hf_config import config_to_hf, read_config, same_model
 from mor_jax.models.hf_encoder import LABEL_FIELDS
 from mor_jax.models.hf_json import ModelFileError, read_json
 from mor_jax.models.tensor_file import new_folder, save_tensors
 from mor_jax.models.tensor_hints import HEAD, folder_hint, name_hint, shape_hint
-from mor_jax.models.tensors import TensorEntry, common_name, is_derived, is_left_out, tensor_table
+from mor_jax.models.tensors import TensorEntry, check_shapes, common_name, is_derived, is_left_out, tensor_table
 from mor_jax.processes import gathered
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_COPIED = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "generation_config.json",
-)
 _FLOATS = ("F64", "F32", "F16", "BF16")  # anything else is quantised, or no weight
 _EMBEDDING = "model.embed_tokens.weight"
 _LOGGER = logging.getLogger(__name__)
@@ -97,6 +88,10 @@ class _Checkpoint:
 
     def slices(self, name: str) -> Any:
         return self._files[self.file_of[name]].get_slice(self._own_names[name])
+
+    def dtype(self, name: str) -> np.dtype:
+        """Of the tensor as jax holds it."""
+        return jnp.dtype(DTYPES[self.slices(name).get_dtype()])
 
     def check(self, table: list[TensorEntry], config: ModelConfig) -> None:
         expected = {entry.name for entry in table}
@@ -225,7 +220,7 @@ def load_params(directory: str | os.PathLike, config: ModelConfig, shardings: An
       directory: holds `model.safetensors`, or `model.safetensors.index.json` and the files that it names.
       config: what `read_config(directory)` gave; `scan_layers` decides between stacked and per-layer leaves.
       shardings: pytree of `jax.sharding.Sharding` like the parameters, one sharding for all, or None (default device).
-      dtype: of the leaves; None = `config.param_dtype`.
+      dtype: of the leaves; None = `config.param_dtype`, "stored" = each leaf the smallest that holds its tensors.
 
     Returns:
       The tree that `make_model(config).apply({"params": ...})` takes. Beyond it, one tensor is alive at a time.
@@ -233,7 +228,7 @@ def load_params(directory: str | os.PathLike, config: ModelConfig, shardings: An
     Raises:
       ModelFileError: a file is missing or unreadable, leaves the directory, or a tensor is missing, extra or misshapen.
     """
-    dtype = jnp.dtype(config.param_dtype if dtype is None else dtype)
+    one = None if dtype == STORED else jnp.dtype(config.param_dtype if dtype is None else dtype)
     if shardings is None:
         shardings = jax.sharding.SingleDeviceSharding(jnp.zeros(()).device)
     table = [replace(entry, name=common_name(entry.name, config)) for entry in tensor_table(config)]
@@ -244,23 +239,73 @@ def load_params(directory: str | os.PathLike, config: ModelConfig, shardings: An
         for entries in _by_leaf(table):
             path = entries[0].path
             where = shardings if isinstance(shardings, jax.sharding.Sharding) else _tree_get(shardings, path)
-            _tree_set(params, path, _load_leaf(checkpoint, entries, where, dtype))
+            own = one or common_dtype(checkpoint.dtype(entry.name) for entry in entries)
+            _tree_set(params, path, _load_leaf(checkpoint, entries, where, own))
     return params
 
 
-def _tensors(params: dict, table: list[TensorEntry], wanted: bool) -> dict[str, np.ndarray]:
+def stored_dtypes(directory: str | os.PathLike, config: ModelConfig) -> dict[str, np.dtype]:
+    """{name in `tensor_table`: dtype} of the tensors of a directory, float32 for those in float64.
+
+    Tensors that it lacks, as a bare encoder does those of a classifier's head, are left out; without weights that can
+    be read, all are.
+
+    Raises:
+      ModelFileError: a file is unreadable or missing.
+    """
+    directory = Path(directory)
+    if not (directory / SINGLE_FILE).is_file() and not (directory / INDEX_FILE).is_file():
+        return {}
+    with ExitStack() as stack:
+        checkpoint = _Checkpoint(directory, config, stack)
+        names = {entry.name: common_name(entry.name, config) for entry in tensor_table(config)}
+        return {own: checkpoint.dtype(name) for own, name in names.items() if name in checkpoint.file_of}
+
+
+def written_dtypes(
+    config: ModelConfig, source_dir: str | os.PathLike | None = None, dtype: str | None = None
+) -> dict[str, np.dtype]:
+    """The dtype that `save_params` gives each tensor, by its name in `tensor_table`; none where it keeps its own.
+
+    Args:
+      config: of the model that is saved.
+      source_dir: the base's directory: each tensor has the dtype that it has there, and one that is not there, a new
+        head's, that of most others.
+      dtype: one for all instead.
+
+    Raises:
+      ValueError: no weights are written in `dtype`.
+      ModelFileError: a file of the base is unreadable.
+    """
+    check_dtype(dtype)
+    table = tensor_table(config)
+    if dtype is not None:
+        return {entry.name: jnp.dtype(dtype) for entry in table}
+    stored = {} if source_dir is None else stored_dtypes(source_dir, config)
+    if not stored:
+        return {}
+    others = main_dtype(table, stored)
+    return {entry.name: stored.get(entry.name, others) for entry in table}
+
+
+def _tensors(
+    params: dict, table: list[TensorEntry], dtypes: dict[str, np.dtype], wanted: bool
+) -> dict[str, np.ndarray]:
     """{file name: host array} of the entries, fetched one at a time; nothing where not `wanted`, but fetched too."""
     found = {}
     for entry in table:
         leaf = _tree_get(params, entry.path)
         value = np.asarray(gathered(leaf if entry.layer is None else leaf[entry.layer]))
         if wanted:
-            found[entry.name] = np.ascontiguousarray(value.T if entry.transpose else value)
+            value = as_written(value.T if entry.transpose else value, dtypes[entry.name], entry.name)
+            found[entry.name] = np.ascontiguousarray(value)
     return found
 
 
-def _write_shards(folder: Path | None, params: dict, table: list[TensorEntry], max_shard_bytes: int) -> None:
-    sizes = [_tree_get(params, e.path).dtype.itemsize * int(np.prod(e.shape)) for e in table]
+def _write_shards(
+    folder: Path | None, params: dict, table: list[TensorEntry], dtypes: dict[str, np.dtype], max_shard_bytes: int
+) -> None:
+    sizes = [dtypes[e.name].itemsize * int(np.prod(e.shape)) for e in table]
     groups: list[list[TensorEntry]] = [[]]
     filled = 0
     for entry, size in zip(table, sizes, strict=True):
@@ -273,7 +318,7 @@ def _write_shards(folder: Path | None, params: dict, table: list[TensorEntry], m
     names = [SINGLE_FILE] if len(groups) == 1 else names
     weight_map = {}
     for name, group in zip(names, groups, strict=True):
-        tensors = _tensors(params, group, wanted=folder is not None)
+        tensors = _tensors(params, group, dtypes, wanted=folder is not None)
         if folder is not None:
             save_tensors(tensors, folder / name, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys((entry.name for entry in group), name))
@@ -282,11 +327,17 @@ def _write_shards(folder: Path | None, params: dict, table: list[TensorEntry], m
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _config_json(params: dict, config: ModelConfig, source: Path | None) -> dict[str, Any]:
-    """The source's own `config.json`, else one made from `config`; an encoder may have another head than its source."""
-    dtype = str(jax.tree.leaves(params)[0].dtype)
+def _config_json(config: ModelConfig, source: Path | None, dtype: np.dtype | None) -> dict[str, Any]:
+    """The source's own `config.json`, else one made from `config`; an encoder may have another head than its source.
+
+    Args:
+      config: of the model.
+      source: directory of the base.
+      dtype: what it is to say; None leaves that as the source has it.
+    """
     if source is None:
-        return {**config_to_hf(config), "torch_dtype": dtype}
+        values = config_to_hf(config)
+        return values | dtype_fields(values, dtype or config.param_dtype)
     origin, values = read_config(source), read_json(source / "config.json")
     if isinstance(origin, EncoderConfig) and isinstance(config, EncoderConfig):
         ours = config_to_hf(config)
@@ -295,8 +346,7 @@ def _config_json(params: dict, config: ModelConfig, source: Path | None) -> dict
         origin = replace(origin, head=config.head, labels=config.labels, pooler=config.pooler)
     if not same_model(origin, config):
         raise ModelFileError(f"{source / 'config.json'}: describes another model than the one that is saved")
-    values["dtype" if "dtype" in values else "torch_dtype"] = dtype
-    return values
+    return values if dtype is None else values | dtype_fields(values, dtype)
 
 
 def save_params(
@@ -305,6 +355,7 @@ def save_params(
     directory: str | os.PathLike,
     source_dir: str | os.PathLike | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    dtype: str | None = None,
 ) -> None:
     """Writes a Hugging Face directory that `load_params` and `transformers` read back.
 
@@ -312,42 +363,31 @@ def save_params(
     processes all must call this, and the first writes.
 
     Args:
-      params: the parameter tree; each tensor keeps its dtype.
+      params: the parameter tree.
       config: its config.
       directory: to be made; must not exist, or be empty.
-      source_dir: the directory that the base came from: its `config.json`, tokenizer files and generation defaults are
-        carried over.
+      source_dir: the directory that the base came from: its `config.json` and the `carried_files` are taken over, and
+        each tensor is rounded to the dtype that it has there.
       max_shard_bytes: files larger than this are split and get an index; one file's tensors are in memory at a time.
+      dtype: of all tensors instead, and what `config.json` says then: "float32", "bfloat16" or "float16". With neither
+        this nor weights in `source_dir` each tensor keeps the dtype of its leaf.
 
     Raises:
       FileExistsError: `directory` is there and not empty.
-      ModelFileError: `source_dir` describes another model.
-      ValueError: a leaf has another shape than `config` says.
+      ModelFileError: `source_dir` describes another model, or a file of it cannot be carried over.
+      ValueError: a leaf has another shape than `config` says, or a number does not fit into float16.
     """
     target = Path(directory)
     source = None if source_dir is None else Path(source_dir)
-    _check_shapes(params, config)
-    values = _config_json(params, config, source)
+    check_shapes(params, config)
+    table = tensor_table(config)
+    wanted = written_dtypes(config, source, dtype)
+    written = wanted or {entry.name: _tree_get(params, entry.path).dtype for entry in table}
+    as_the_base = dtype is None and wanted
+    values = _config_json(config, source, None if as_the_base else main_dtype(table, written))
+    carried = {} if source is None else carried_files(source)
     with new_folder(target) as folder:
-        _write_shards(folder, params, tensor_table(config), max_shard_bytes)
+        _write_shards(folder, params, table, written, max_shard_bytes)
         if folder is not None:
             (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-            copied = [] if source is None else [file for pattern in _COPIED for file in source.glob(pattern)]
-            for file in copied:
-                shutil.copyfile(file, folder / file.name)
-
-
-def _check_shapes(params: dict, config: ModelConfig) -> None:
-    expected = jax.tree_util.tree_flatten_with_path(abstract_params(config))[0]
-    found = dict(jax.tree_util.tree_flatten_with_path(params)[0])
-    for path, leaf in expected:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if path not in found:
-            raise ValueError(f"parameter {name} is missing")
-        if found[path].shape != leaf.shape:
-            raise ValueError(f"parameter {name} has shape {found[path].shape}, the config asks for {leaf.shape}")
-    if len(found) != len(expected):
-        extra = {
-            jax.tree_util.keystr(path, simple=True, separator="/") for path in found.keys() - dict(expected).keys()
-        }
-        raise ValueError(f"parameters {sorted(extra)} have no place in a {config.model_type} checkpoint")
+            copy_files(carried, folder)

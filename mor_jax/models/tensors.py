@@ -83,3 +83,20 @@ def is_left_out(name: str, config: ModelConfig) -> bool:
     pattern += "" if config.pooler else r"|pooler\..*"
     pattern += r"|classifier\..*" if config.head == "none" else ""
     return re.fullmatch(pattern, name) is not None
+
+
+def check_shapes(params: dict, config: ModelConfig) -> None:
+    """Raises ValueError unless the leaves of a parameter tree are those of `config`, in its shapes."""
+    expected = jax.tree_util.tree_flatten_with_path(abstract_params(config))[0]
+    found = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+    for path, leaf in expected:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if path not in found:
+            raise ValueError(f"parameter {name} is missing")
+        if found[path].shape != leaf.shape:
+            raise ValueError(f"parameter {name} has shape {found[path].shape}, the config asks for {leaf.shape}")
+    if len(found) != len(expected):
+        extra = {
+            jax.tree_util.keystr(path, simple=True, separator="/") for path in found.keys() - dict(expected).keys()
+        }
+        raise ValueError(f"parameters {sorted(extra)} have no place in a {config.model_type} checkpoint")

@@ -35,7 +35,9 @@ def classifier_config(shape: EncoderConfig, labels: tuple[str, ...]) -> EncoderC
     return shape if shape.labels == labels else with_head(shape, labels)
 
 
-def load_base(config: TrainConfig, stored: ModelConfig, shape: ModelConfig, shardings: Any = None) -> dict:
+def load_base(
+    config: TrainConfig, stored: ModelConfig, shape: ModelConfig, shardings: Any = None, dtype: str | None = None
+) -> dict:
     """The frozen parameters of a run: its model directory's, and a fresh head where that has none for the classes.
 
     Args:
@@ -43,11 +45,12 @@ def load_base(config: TrainConfig, stored: ModelConfig, shape: ModelConfig, shar
       stored: what the directory's `config.json` describes.
       shape: what is trained.
       shardings: as `load_params` takes them; a fresh head follows them too.
+      dtype: likewise; a fresh head always has that of `shape`.
     """
     if not isinstance(shape, EncoderConfig) or not isinstance(stored, EncoderConfig) or stored.labels == shape.labels:
-        return load_params(config.model, shape, shardings)
+        return load_params(config.model, shape, shardings, dtype)
     bare = dataclasses.replace(shape, head="none", labels=())
-    params = load_params(config.model, bare, shardings)
+    params = load_params(config.model, bare, shardings, dtype)
     key = jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), 2)
     params = add_head(params, shape, key)
     if isinstance(shardings, dict):

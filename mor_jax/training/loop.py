@@ -50,6 +50,7 @@ from mor_jax.training.metrics import (
     router_metrics,
 )
 from mor_jax.training.optimizer import make_schedule
+from mor_jax.training.recorded_base import describe_base, expanded, located
 from mor_jax.training.run_folder import (
     Start,
     check_same_base,
@@ -88,6 +89,7 @@ def train(config: TrainConfig, optimizer: optax.GradientTransformation | None = 
       KeyboardInterrupt: Ctrl-C; saved.
     """
     with StopRequest() as stop:
+        config = expanded(config)
         start = find_start(config, optimizer is not None)  # before the model is read
         return _run_from(start, build_run(with_decisions(config, start), optimizer), stop, optimizer is not None)
 
@@ -169,8 +171,8 @@ class _Loop:
         if self.evaluation is not None and not self.evaluated:  # resumed after the last step
             self.evaluated = self.evaluation(self.state, run.params)
         leaves = Leaves(self.state.adapters, self.state.adapter_state, self.constants)
-        about = {"base_fingerprint": self.metadata["base_fingerprint"], "model": config.model, "seed": config.seed}
-        about |= {"tasks": list(run.tasks), "steps": self.done}
+        about = {"base_fingerprint": self.metadata["base_fingerprint"], "model": located(config).model}
+        about |= {"seed": config.seed, "tasks": list(run.tasks), "steps": self.done} | describe_base(run.adapted.base)
         save_adapter(Path(config.output_dir) / "adapter", run.plan, leaves, about)
         self.checkpoints.commit()
         barrier("the run is finished")
@@ -314,7 +316,7 @@ def _metadata(run: Run, custom_optimizer: bool, score_batch: Any) -> dict[str, A
         config | {"place in the data": run.batches.get_state(), "versions": environment()["versions"]}
     )
     return {
-        "config": config,
+        "config": config_to_mapping(located(run.config)),
         "base_fingerprint": fingerprint(run.params),
         "custom_optimizer": custom_optimizer,
         "score_batch": None if score_batch is None else fingerprint(score_batch),

@@ -1,6 +1,6 @@
 """The run folder: what is in it, when it may be written, and whether a checkpoint in it belongs to this run.
 
-config.yaml         the resolved configuration
+config.yaml         the resolved configuration, its paths absolute
 environment.json    versions, devices and git commit of the process that wrote last
 metrics.jsonl       a line a step; TensorBoard events beside it
 checkpoints/        of `Checkpoints`
@@ -28,6 +28,7 @@ import mor_jax
 from mor_jax.training.checkpoint import Checkpoints
 from mor_jax.training.config import ConfigError, TrainConfig, config_to_mapping, save_config
 from mor_jax.training.distributed import first_decides
+from mor_jax.training.recorded_base import located
 
 _LOGGER = logging.getLogger(__name__)
 _PACKAGES = ("mor_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "transformers")
@@ -167,7 +168,7 @@ def write_run_folder(config: TrainConfig) -> Path:
     directory = Path(config.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
     beside = directory / "config.yaml.tmp"
-    save_config(dataclasses.replace(config, resume=False), beside)
+    save_config(dataclasses.replace(located(config), resume=False), beside)
     os.replace(beside, directory / "config.yaml")
     beside = directory / "environment.json.tmp"
     beside.write_text(json.dumps(environment(), indent=1) + "\n", encoding="utf-8")

@@ -66,7 +66,8 @@ def make_run(directory, model, method="mor", **fields):
         model=model, data=data, method=method, rank=4, sequence_length=32, output_dir=str(directory), **fields
     )
     save_config(train, directory / "config.yaml")
-    config = dataclasses.replace(read_config(model), scan_layers=train.scan_layers)
+    dtypes = {"dtype": train.dtype, "param_dtype": train.param_dtype or train.dtype}
+    config = dataclasses.replace(read_config(model), scan_layers=train.scan_layers, **dtypes)
     params = load_params(model, config)
     example = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     plan = resolve_sites(Decoder(config), train.adapter(), train.targets, example)

@@ -28,6 +28,7 @@ from mor_jax.merging import (
     merge_changes,
 )
 from mor_jax.models import make_model
+from mor_jax.models.dtypes import STORED
 from mor_jax.training.config import TrainConfig
 
 BASE = Path(__file__).parent / "base"
@@ -100,7 +101,7 @@ def fit(config: TrainConfig) -> Fitted:
     from mor_jax.training.loop import train
 
     result = train(config)
-    live = open_run(config.output_dir, mesh="data=1")
+    live = open_run(config.output_dir, mesh="data=1", kept=STORED)  # so that merges are measured as they are exported
     return Fitted(
         live=live,
         forward=measure.Forward(live.config, live.plan),

@@ -1,0 +1,172 @@
+"""Exports in the dtype of the base: the oracle is NumPy's sum in float64, rounded once by ml_dtypes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny_llama as tiny
+from safetensors.numpy import load_file, save_file
+
+from mor_jax.cli.main import main
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+F32, BF16, F16 = np.dtype("float32"), np.dtype(ml_dtypes.bfloat16), np.dtype("float16")
+UP = "model.layers.{}.mlp.up_proj.weight"
+ALPHA_OVER_RANK = 8 / 4
+KINDS = {  # which dtype a tensor of the base has
+    "bfloat16": lambda name: BF16,
+    "float16": lambda name: F16,
+    "mixed": lambda name: F32 if "norm" in name else BF16,
+    "by layer": lambda name: F16 if "layers.1." in name else F32 if name.startswith("lm_head") else BF16,
+}
+
+
+def run_json(capsys, *words, code=0):
+    found = main([*map(str, words), "--json"])
+    captured = capsys.readouterr()
+    assert found == code, captured.err
+    return json.loads(captured.out)
+
+
+def run_bad(capsys, *words):
+    assert main([*map(str, words), "--json"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def make_base(source, folder, kind, key="torch_dtype"):
+    """A copy of a float32 model whose tensors have the dtypes of `KINDS`."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    with np.errstate(over="ignore"):
+        tensors = {name: value.astype(KINDS[kind](name)) for name, value in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    values = json.loads((folder / "config.json").read_text())
+    values.pop("torch_dtype")
+    values[key] = "float16" if kind == "float16" else "bfloat16"
+    (folder / "config.json").write_text(json.dumps(values))
+    return tensors
+
+
+def merged_by_hand(tensors, run, dtypes):
+    """The base's stored numbers plus the product of the factors, in float64, rounded to `dtypes(name)` at the end."""
+    factors = load_file(Path(run) / "adapter" / "adapter.safetensors")
+    wide = {name: value.astype(np.float64) for name, value in tensors.items()}
+    a, b = (factors[f"layers/mlp/up_proj/{key}"].astype(np.float64) for key in "ab")
+    for layer in range(2):
+        wide[UP.format(layer)] += (ALPHA_OVER_RANK * a[layer] @ b[layer]).T
+    return {name: value.astype(F32).astype(dtypes(name)) for name, value in wide.items()}
+
+
+def assert_holds(folder, expected):
+    found = {}
+    for file in Path(folder).glob("*.safetensors"):
+        found |= load_file(file)
+    assert {name: value.dtype for name, value in found.items()} == {n: value.dtype for n, value in expected.items()}
+    for name, value in expected.items():
+        if value.dtype == F32:  # sums in another order
+            np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-6, err_msg=name)
+        else:
+            np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def make_run(folder, base, **fields):
+    return tiny.make_run(folder, str(base), method="lora", targets=("up_proj",), alpha=8.0, **fields)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory, model_dir):
+    """{kind: (tensors, directory, run trained in float32)}."""
+    folder, found = tmp_path_factory.mktemp("bases"), {}
+    for kind in KINDS:
+        base = folder / kind.replace(" ", "_")
+        tensors = make_base(model_dir, base, kind, "dtype" if kind == "mixed" else "torch_dtype")
+        found[kind] = tensors, base, make_run(folder / f"{base.name}_run", base)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("command", ["merge", "export"])
+def test_each_tensor_has_the_bases_own_dtype(capsys, tmp_path, bases, kind, command):
+    tensors, base, run = bases[kind]
+    result = run_json(capsys, command, run, "--output-dir", tmp_path / "out")
+    assert_holds(tmp_path / "out", merged_by_hand(tensors, run, KINDS[kind]))
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads((base / "config.json").read_text())
+    fidelity = result if command == "merge" else result["fidelity"]
+    assert fidelity["max_logit_difference"] > 1e-5  # that of what is written, which is rounded
+    if command == "export":  # both sides hold the rounded numbers, so that only the order of sums is left
+        assert (result["verified"], result["tolerance"]) == (True, 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "mixed"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_another_dtype_may_be_chosen(capsys, tmp_path, bases, kind, dtype):
+    """One rounding, from the stored numbers: a bfloat16 base merged into float32 keeps all of the change."""
+    tensors, base, run = bases[kind]
+    result = run_json(capsys, "export", run, "--output-dir", tmp_path / "out", "--dtype", dtype)
+    assert result["verified"] is True
+    assert_holds(tmp_path / "out", merged_by_hand(tensors, run, lambda name: np.dtype(getattr(ml_dtypes, dtype, dtype))))
+    kept = json.loads((base / "config.json").read_text())
+    key = "dtype" if kind == "mixed" else "torch_dtype"
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == kept | {key: dtype}
+
+
+@pytest.mark.parametrize("fields", [{"dtype": "bfloat16"}, {"dtype": "float32", "param_dtype": "bfloat16"}])
+@pytest.mark.parametrize("kind", ["float32", "float16", "mixed"])
+def test_what_training_rounded_is_taken_from_the_base_again(capsys, tmp_path, model_dir, bases, kind, fields):
+    if kind == "float32":
+        base, tensors, dtypes = Path(model_dir), load_file(Path(model_dir) / "model.safetensors"), lambda name: F32
+    else:
+        (tensors, base, _), dtypes = bases[kind], KINDS[kind]
+    run = make_run(tmp_path / "run", base, **fields)
+    result = run_json(capsys, "export", run, "--output-dir", tmp_path / "out")
+    assert result["verified"] is True
+    assert_holds(tmp_path / "out", merged_by_hand(tensors, run, dtypes))
+    for form in ("peft", "safetensors"):
+        result = run_json(capsys, "export", run, "--output-dir", tmp_path / form, "--format", form, "--verify")
+        assert result["verified"] is True
+        (file,) = (tmp_path / form).glob("*.safetensors")
+        assert {value.dtype for value in load_file(file).values()} == {F32}
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("kind", ["mixed", "float16"])
+def test_transformers_loads_the_export_as_it_does_the_base(capsys, tmp_path, bases, kind):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    tensors, base, run = bases[kind]
+    result = run_json(capsys, "export", run, "--output-dir", tmp_path / "out", "--verify")
+    assert (result["verified"], result["verified_with"]) == (True, "transformers")
+    model, before = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "out", base))
+    assert {n: v.dtype for n, v in model.state_dict().items()} == {n: v.dtype for n, v in before.state_dict().items()}
+    expected = merged_by_hand(tensors, run, KINDS[kind])
+    for name, value in AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict().items():
+        np.testing.assert_array_equal(value.numpy(), expected[name].astype(F32), err_msg=name)
+
+
+def test_numbers_beyond_float16_are_refused_by_the_name_of_the_tensor(capsys, tmp_path, bases):
+    tensors, base, _ = bases["mixed"]
+    shutil.copytree(base, tmp_path / "base")
+    large = {**tensors, "model.norm.weight": np.full(32, 1e6, np.float32)}
+    save_file(large, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    run = make_run(tmp_path / "run", tmp_path / "base")
+    for command in ("merge", "export"):
+        error = run_bad(capsys, command, run, "--output-dir", tmp_path / "out", "--dtype", "float16")
+        assert "norm/scale" in error
+        assert "--dtype bfloat16" in error
+        assert not (tmp_path / "out").exists()
+
+
+def test_dtype_is_for_merged_models(capsys, tmp_path, bases):
+    run = bases["bfloat16"][2]
+    for form in ("peft", "safetensors"):
+        words = ("export", run, "--output-dir", tmp_path / "out", "--format", form, "--dtype", "bfloat16")
+        assert "--format hf" in run_bad(capsys, *words)
+    assert "float64" in run_bad(capsys, "merge", run, "--output-dir", tmp_path / "out", "--dtype", "float64")
+    assert not (tmp_path / "out").exists()
