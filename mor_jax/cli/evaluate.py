@@ -89,7 +89,9 @@ def _classification(
 ) -> dict[str, float]:
     config = model.config
     if not isinstance(config, EncoderConfig) or config.head == "none":
-        raise UsageError(f"{options.model_or_run} has no classification head; give a classifier, or a run that trained one")
+        raise UsageError(
+            f"{options.model_or_run} has no classification head; give a classifier, or a run that trained one"
+        )
     length = min(options.sequence_length, config.max_length)
     examples, _ = load_labelled([source], tokenization.tokenizer, length, labels=config.labels)
     task = model.tasks.index(source.task) if source.task in model.tasks else 0

@@ -104,8 +104,10 @@ def run_batches(live: LiveModel, options: MergeOptions | ExportOptions) -> tuple
     try:
         found = merge_batches(live, tokenizer, options.calibration, options.batches)
     except DataError as error:
-        if options.calibration or not all(adapted.adapter.merges_exactly for adapted in live.plan.sites):
+        if options.calibration:
             raise
+        if not all(adapted.adapter.merges_exactly for adapted in live.plan.sites):
+            raise DataError(f"{error}; or name other records than the run's by --calibration FILE") from error
         _LOGGER.warning("%s; the merge is exact, so random tokens are compared instead", error)
         found = [], [{"input_ids": probe_tokens(live.config, live.padded_rows(2))}]
     rows = (batch["input_ids"] for batches in found for batch in batches)

@@ -168,7 +168,16 @@ def use_compile_cache(folder: str | Path) -> None:
 
 
 def base_config(config: TrainConfig) -> ModelConfig:
-    """The base's shape with the run's dtypes, scan and remat; reads `config.json` only."""
+    """The base's shape with the run's dtypes, scan and remat; reads `config.json` only.
+
+    Raises:
+      ConfigError: the base is not there.
+      ModelFileError: its `config.json` is not as it should be.
+    """
+    if not Path(config.model).is_dir():
+        raise ConfigError(
+            f"model={config.model!r}: no such folder: give the base's Hugging Face directory by --model DIR"
+        )
     return dataclasses.replace(
         read_config(config.model),
         dtype=config.dtype,

@@ -50,7 +50,7 @@ from mor_jax.training.metrics import (
     router_metrics,
 )
 from mor_jax.training.optimizer import make_schedule
-from mor_jax.training.recorded_base import describe_base, expanded, located
+from mor_jax.training.recorded_base import check_base_config, describe_base, expanded, located
 from mor_jax.training.run_folder import (
     Start,
     check_same_base,
@@ -320,7 +320,7 @@ def _metadata(run: Run, custom_optimizer: bool, score_batch: Any) -> dict[str, A
         "base_fingerprint": fingerprint(run.params),
         "custom_optimizer": custom_optimizer,
         "score_batch": None if score_batch is None else fingerprint(score_batch),
-    }
+    } | describe_base(run.adapted.base)
 
 
 def _score_batch(run: Run, rules: Rules) -> Any:
@@ -336,6 +336,8 @@ def _restore(
     """(steps done, state, last losses) of the newest good checkpoint, the data at its place; a start without one."""
     step, saved = start.newest or (None, None)
     if saved is not None:
+        where = f"{run.config.model} is not the base of {run.config.output_dir}"
+        check_base_config(where, saved, getattr(run.adapted.base, "config", None))
         check_same_base(run.config, saved, metadata["base_fingerprint"])
         check_same_score_batch(run.config, saved, metadata["score_batch"])
         _check_place(run, saved["iterator"])

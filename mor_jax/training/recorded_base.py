@@ -20,8 +20,9 @@ from mor_jax.training.adapter_file import AdapterFileError
 from mor_jax.training.checkpoint import fingerprint
 from mor_jax.training.config import TrainConfig
 
-# fields that decide how the same function is computed
+# fields that decide how the same function is computed, or where training begins, or nothing
 _HOW = {"dtype", "param_dtype", "scan_layers", "remat", "attention_block", "attention_implementation"}
+_HOW |= {"initializer_range", "max_position_embeddings"}
 
 
 def expanded_path(path: str | os.PathLike) -> str:
@@ -86,19 +87,20 @@ def _fields(config: ModelConfig) -> dict[str, Any]:
     return json.loads(json.dumps(fields))
 
 
-def check_base_config(where: str, metadata: Mapping[str, Any], config: ModelConfig) -> None:
-    """Returns when `config` describes the base that an adapter was trained on, as far as it tells.
+def check_base_config(where: str, metadata: Mapping[str, Any], config: Any) -> None:
+    """Returns when `config` describes the base that a run was trained on, as far as the run tells.
 
     Args:
       where: the base's directory and the run's, for the message.
-      metadata: fields of `adapter.json`.
-      config: of the base, with the run's own head.
+      metadata: fields of `adapter.json`, or of a checkpoint.
+      config: of the base, with the run's own head; that of another model is not looked at.
 
     Raises:
       AdapterFileError: it is another one; the message names the field.
     """
-    recorded, found = metadata.get("base_config", {}), _fields(config)
-    for name in found.keys() & recorded.keys():
+    recorded = metadata.get("base_config", {})
+    found = _fields(config) if isinstance(config, ModelConfig) else {}
+    for name in sorted(found.keys() & recorded.keys(), key=lambda name: (name != "model_type", name)):
         if found[name] != recorded[name]:
             raise AdapterFileError(
                 f"{where}: its config.json gives {name}={found[name]!r}, and the run was trained with"

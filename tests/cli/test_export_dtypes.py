@@ -110,7 +110,9 @@ def test_another_dtype_may_be_chosen(capsys, tmp_path, bases, kind, dtype):
     tensors, base, run = bases[kind]
     result = run_json(capsys, "export", run, "--output-dir", tmp_path / "out", "--dtype", dtype)
     assert result["verified"] is True
-    assert_holds(tmp_path / "out", merged_by_hand(tensors, run, lambda name: np.dtype(getattr(ml_dtypes, dtype, dtype))))
+    assert_holds(
+        tmp_path / "out", merged_by_hand(tensors, run, lambda name: np.dtype(getattr(ml_dtypes, dtype, dtype)))
+    )
     kept = json.loads((base / "config.json").read_text())
     key = "dtype" if kind == "mixed" else "torch_dtype"
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == kept | {key: dtype}
