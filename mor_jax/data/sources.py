@@ -66,8 +66,8 @@ class DataSource:
 def parse_source(text: str) -> DataSource:
     """The `DataSource` named by `[TASK=]PATH[:WEIGHT]`; without `TASK=` the task is `default`.
 
-    A text that is the name of an existing file is taken whole, so that odd file names stay usable. A path that begins with
-    `~/` lies in the home folder.
+    A text that is the name of an existing file is taken whole, so that odd file names stay usable. `~/` at the
+    beginning of a path is the home folder.
 
     >>> parse_source("math=data/gsm.jsonl:0.5")
     DataSource(path='data/gsm.jsonl', task='math', weight=0.5)

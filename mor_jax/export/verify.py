@@ -1,7 +1,7 @@
 """Whether what was written computes what the live model computes: logits in float32, side by side.
 
-The live model's parameters are first rounded to the dtypes of the file, so that rounding to bfloat16, which is meant and
-which a fidelity report measures, does not hide what is not meant.
+The live model's parameters are first rounded to the dtypes of the file: that is meant, a fidelity report measures it,
+and it would hide what is not meant.
 
 Where torch is installed, transformers (and for adapters PEFT) loads the folder as anybody else would; elsewhere our own
 reader loads it again, which finds what was written wrongly but not what was understood wrongly.

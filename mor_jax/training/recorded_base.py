@@ -26,7 +26,7 @@ _HOW |= {"initializer_range", "max_position_embeddings"}
 
 
 def expanded_path(path: str | os.PathLike) -> str:
-    """The path with the home folder in place of a leading `~`, which a shell leaves in `--model=~/base` and YAML has."""
+    """The path with the home folder in place of a leading `~`; in `--model=~/base` and in YAML no shell replaces it."""
     text = os.fspath(path)
     return os.path.expanduser(text) if text.startswith("~") and not os.path.lexists(text) else text
 
