@@ -91,7 +91,7 @@ class Comparison:
             )
             result = train(config)
             options = EvalOptions(
-                model_or_run=str(folder),
+                model=str(folder),
                 data=str(self.files[task]["test"]),
                 task="classification",
                 batch_size=50,

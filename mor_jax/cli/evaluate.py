@@ -50,7 +50,7 @@ def evaluate_command(options: EvalOptions) -> dict[str, Any]:
     if options.sequence_length < 2:
         raise UsageError(f"--sequence-length must be at least 2, got {options.sequence_length}")
     source = parse_source(options.data)
-    model = at_rank(open_model(options.model_or_run, options.dtype, options.mesh, options.model), options.rank)
+    model = at_rank(open_model(options.model, options.dtype, options.mesh, options.base), options.rank)
     options = dataclasses.replace(options, batch_size=model.padded_rows(options.batch_size))
     tokenization = model.tokenization(options.chat_date)
     if options.task != "classification":
@@ -89,9 +89,7 @@ def _classification(
 ) -> dict[str, float]:
     config = model.config
     if not isinstance(config, EncoderConfig) or config.head == "none":
-        raise UsageError(
-            f"{options.model_or_run} has no classification head; give a classifier, or a run that trained one"
-        )
+        raise UsageError(f"{options.model} has no classification head; give a classifier, or a run that trained one")
     length = min(options.sequence_length, config.max_length)
     examples, _ = load_labelled([source], tokenization.tokenizer, length, labels=config.labels)
     task = model.tasks.index(source.task) if source.task in model.tasks else 0

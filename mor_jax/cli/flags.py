@@ -107,7 +107,12 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, positional: Sequence[s
         if field.name in positional:
             parser.add_argument(field.name, metavar=field.name.upper(), help=options["help"])
         else:
-            parser.add_argument("--" + field.name.replace("_", "-"), dest=field.name, **options)
+            parser.add_argument(flag_of(field), dest=field.name, **options)
+
+
+def flag_of(field: dataclasses.Field) -> str:
+    """The flag that sets a field: its name, unless its metadata have another under "flag"."""
+    return field.metadata.get("flag", "--" + field.name.replace("_", "-"))
 
 
 def given_flags(namespace: argparse.Namespace, cls: type) -> dict[str, Any]:

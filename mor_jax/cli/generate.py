@@ -23,7 +23,7 @@ def prompt_tokens(options: GenerateOptions, tokenization: Tokenization) -> list[
     if not options.chat:
         tokens = tokenization.encode_prompt(options.prompt)
     elif not tokenization.template:
-        raise UsageError(f"--chat: the tokenizer of {options.model_or_run} has no chat template; leave --chat out")
+        raise UsageError(f"--chat: the tokenizer of {options.model} has no chat template; leave --chat out")
     else:
         message = [{"role": "user", "content": options.prompt}]
         tokens = tokenization.encode(tokenization.render(message, add_generation_prompt=True))
@@ -46,7 +46,7 @@ def generate_command(options: GenerateOptions) -> dict[str, Any]:
         )
     if not 0 < options.top_p <= 1:
         raise UsageError(f"--top-p must be in (0, 1], got {options.top_p}")
-    model = open_model(options.model_or_run, options.dtype, options.mesh, options.model)
+    model = open_model(options.model, options.dtype, options.mesh, options.base)
     model.require_decoder("mor generate")
     tokenization = model.tokenization(options.chat_date)
     prompt = prompt_tokens(options, tokenization)

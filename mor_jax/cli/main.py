@@ -14,12 +14,12 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from mor_jax.cli import options
-from mor_jax.cli.flags import Parser, UsageError, add_flags, given_flags
+from mor_jax.cli.flags import Parser, UsageError, add_flags, flag_of, given_flags
 from mor_jax.cli.launch import is_peer, leave, on_all
 
 INTERRUPTED = 130
@@ -141,10 +141,10 @@ COMMANDS = {
     "demo": Command(demo, _OPTIONS + "DemoOptions", (), (), "fine-tune, merge, export and verify the embedded example"),
     "train": Command(train, "mor_jax.training.config:TrainConfig", (), (), "train an adapter", launch=True),
     "eval": Command(
-        evaluate, _OPTIONS + "EvalOptions", ("model_or_run",), ("data",), "measure on held-out records", launch=True
+        evaluate, _OPTIONS + "EvalOptions", ("model",), ("data",), "measure on held-out records", launch=True
     ),
     "generate": Command(
-        generate, _OPTIONS + "GenerateOptions", ("model_or_run",), ("prompt",), "go on from a prompt", launch=True
+        generate, _OPTIONS + "GenerateOptions", ("model",), ("prompt",), "go on from a prompt", launch=True
     ),
     "merge": Command(
         merge, _OPTIONS + "MergeOptions", ("run",), ("output_dir",), "fold an adapter into its base", launch=True
@@ -218,7 +218,8 @@ def _run_command(name: str, args: argparse.Namespace) -> Any:
         return command.run(args)
     launch = options.LaunchOptions(**given_flags(args, options.LaunchOptions))
     given = given_flags(args, command.options_class)
-    return on_all(launch, lambda: command.run(args), {f"--{name.replace('_', '-')}": given[name] for name in given})
+    told = {flag_of(field): given[field.name] for field in fields(command.options_class) if field.name in given}
+    return on_all(launch, lambda: command.run(args), told)
 
 
 def _parse(name: str, arguments: list[str]) -> argparse.Namespace:

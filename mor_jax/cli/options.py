@@ -28,7 +28,7 @@ class DemoOptions:
 class EvalOptions:
     """Options of `mor eval`."""
 
-    model_or_run: str  # Hugging Face directory, or the run folder of `mor train`
+    model: str  # Hugging Face directory, or the run folder of `mor train`
     data: str  # records; for choice prompt, options, answer; for classification text or sentence1 and 2, label
     task: Literal["perplexity", "choice", "classification", "generation"] = "perplexity"  # what is measured
     batch_size: int = 4  # rows at once, or as many more as the devices share evenly
@@ -39,14 +39,14 @@ class EvalOptions:
     rank: int = 0  # of an adapter trained for all smaller ranks (dylora); 0 takes its own
     mesh: str = ""  # data=2,fsdp=4,tensor=2; empty: every accelerator, on fsdp as far as the model divides
     dtype: Literal["float32", "bfloat16"] | None = None  # of the computation; the run's own, or float32
-    model: str = ""  # of a run: the directory of its base, where that is not where the run says any more
+    base: str = field(default="", metadata={"flag": "--model"})  # of a run: where its base lies now, if it has moved
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
     """Options of `mor generate`."""
 
-    model_or_run: str  # Hugging Face directory, or the run folder of `mor train`
+    model: str  # Hugging Face directory, or the run folder of `mor train`
     prompt: str  # text to continue
     max_new_tokens: int = 64  # it may end earlier, at the model's end token
     greedy: bool = False  # the likeliest token each time; else sampling
@@ -57,7 +57,7 @@ class GenerateOptions:
     seed: int = 0  # of sampling
     mesh: str = ""  # as in `mor eval`; data=1 is fastest where one device holds the model
     dtype: Literal["float32", "bfloat16"] | None = None  # of the computation; the run's own, or float32
-    model: str = ""  # of a run: the directory of its base, where that is not where the run says any more
+    base: str = field(default="", metadata={"flag": "--model"})  # of a run: where its base lies now, if it has moved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class MergeOptions:
     learning_rate: float = 3e-3  # of distill
     seed: int = 0  # of distill: the order of the calibration batches
     mesh: str = ""  # data=2,fsdp=4,tensor=2; empty: every accelerator, on fsdp as far as the model divides
-    model: str = ""  # directory of the run's base, where that is not where the run says any more
+    model: str = ""  # where the run's base lies now, if it has moved
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the weights; else each tensor's own in the base
 
 
