@@ -8,7 +8,17 @@ from typing import Any
 import numpy as np
 
 from mor_jax.cli.opening import LiveModel
-from mor_jax.data import DataError, Examples, build_row, load_examples, load_labelled, pack, parse_sources, stack_rows
+from mor_jax.data import (
+    DataError,
+    Examples,
+    Tokenization,
+    build_row,
+    load_examples,
+    load_labelled,
+    pack,
+    parse_sources,
+    stack_rows,
+)
 from mor_jax.models import EncoderConfig
 
 ROWS = 4  # of a batch, or as many more as the devices share evenly
@@ -54,6 +64,7 @@ def live_examples(live: LiveModel, tokenizer: Any, texts: Sequence[str]) -> tupl
     if isinstance(live.config, EncoderConfig):
         length = min(length, live.config.max_length)
         labels = live.config.labels
+        tokenizer = tokenizer.tokenizer if isinstance(tokenizer, Tokenization) else tokenizer
         return load_labelled(sources, tokenizer, length, labels=labels, tasks=tasks)[0], length
     return load_examples(sources, tokenizer, length, tasks=tasks), length
 

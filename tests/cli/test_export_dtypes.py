@@ -7,6 +7,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny_bert
 import tiny_llama as tiny
 from safetensors.numpy import load_file, save_file
 
@@ -90,8 +91,7 @@ def bases(tmp_path_factory, model_dir):
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("command", ["merge", "export"])
+@pytest.mark.parametrize(("command", "kind"), [("merge", "bfloat16"), *(("export", kind) for kind in KINDS)])
 def test_each_tensor_has_the_bases_own_dtype(capsys, tmp_path, bases, kind, command):
     tensors, base, run = bases[kind]
     result = run_json(capsys, command, run, "--output-dir", tmp_path / "out")
@@ -103,8 +103,7 @@ def test_each_tensor_has_the_bases_own_dtype(capsys, tmp_path, bases, kind, comm
         assert (result["verified"], result["tolerance"]) == (True, 1e-4)
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "mixed"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("kind", "dtype"), [("bfloat16", "float32"), ("bfloat16", "float16"), ("mixed", "bfloat16")])
 def test_another_dtype_may_be_chosen(capsys, tmp_path, bases, kind, dtype):
     """One rounding, from the stored numbers: a bfloat16 base merged into float32 keeps all of the change."""
     tensors, base, run = bases[kind]
@@ -118,8 +117,12 @@ def test_another_dtype_may_be_chosen(capsys, tmp_path, bases, kind, dtype):
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == kept | {key: dtype}
 
 
-@pytest.mark.parametrize("fields", [{"dtype": "bfloat16"}, {"dtype": "float32", "param_dtype": "bfloat16"}])
-@pytest.mark.parametrize("kind", ["float32", "float16", "mixed"])
+HALVES = {"dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"), [("float32", HALVES), ("float16", {"param_dtype": "bfloat16"}), ("mixed", HALVES)]
+)
 def test_what_training_rounded_is_taken_from_the_base_again(capsys, tmp_path, model_dir, bases, kind, fields):
     if kind == "float32":
         base, tensors, dtypes = Path(model_dir), load_file(Path(model_dir) / "model.safetensors"), lambda name: F32
@@ -150,6 +153,40 @@ def test_transformers_loads_the_export_as_it_does_the_base(capsys, tmp_path, bas
     expected = merged_by_hand(tensors, run, KINDS[kind])
     for name, value in AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict().items():
         np.testing.assert_array_equal(value.numpy(), expected[name].astype(F32), err_msg=name)
+
+
+def test_a_split_model_is_rounded_as_one_on_one_device(capsys, tmp_path, bases):
+    tensors, _, run = bases["by layer"]
+    result = run_json(capsys, "export", run, "--output-dir", tmp_path / "out", "--mesh", "data=2,fsdp=2,tensor=2")
+    assert result["verified"] is True
+    assert_holds(tmp_path / "out", merged_by_hand(tensors, run, KINDS["by layer"]))
+
+
+def test_a_new_head_has_the_dtype_of_most_of_its_encoder(capsys, tmp_path):
+    """Modules trained whole, the head and a norm, are rounded like the rest; in an adapter they stay as trained."""
+    base = tmp_path / "base"
+    tiny_bert.make_model(base)
+    tensors = load_file(base / "model.safetensors")
+    kept = {name: F32 if "LayerNorm" in name else F16 for name in tensors}
+    rounded = {name: value.astype(kept[name]) for name, value in tensors.items()}
+    save_file(rounded, base / "model.safetensors", metadata={"format": "pt"})
+    words = ("--model", base, "--data", tiny_bert.write_pairs(tmp_path / "train.jsonl", 24, 0), "--method", "lora")
+    words = (*words, "--objective", "classification", "--targets", "query", "--trained-modules", "embeddings/LayerNorm")
+    words = (*words, "--steps", "2", "--batch-size", "8", "--mesh", "data=1", "--output-dir", tmp_path / "run")
+    run_json(capsys, "train", *words, "--learning-rate", "0.05")
+    result = run_json(capsys, "export", tmp_path / "run", "--output-dir", tmp_path / "out")
+    assert result["verified"] is True
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    trained = load_file(tmp_path / "run" / "adapter" / "adapter.safetensors")
+    assert {value.dtype for value in trained.values()} == {F32}
+    np.testing.assert_array_equal(found["classifier.weight"], trained["classifier/kernel"].T.astype(F16))
+    norm = found["bert.embeddings.LayerNorm.weight"]
+    np.testing.assert_array_equal(norm, trained["embeddings/LayerNorm/scale"])
+    assert (norm != tensors["embeddings.LayerNorm.weight"]).any()
+    assert {name: value.dtype for name, value in found.items()} == {
+        **{f"bert.{name}": dtype for name, dtype in kept.items()},
+        **dict.fromkeys(("classifier.weight", "classifier.bias"), F16),
+    }
 
 
 def test_numbers_beyond_float16_are_refused_by_the_name_of_the_tensor(capsys, tmp_path, bases):

@@ -104,6 +104,7 @@ def _commands(run, files, folder):
     return [
         ["merge", str(run), "--gates", "mean", *few, str(folder / "merge")],
         ["export", str(run), "--format", "peft", "--gates", "distill", "--verify", *few, str(folder / "export")],
+        ["export", str(run), "--gates", "mean", "--dtype", "float16", *few, str(folder / "half")],
         ["eval", str(run), "--data", held_out, "--sequence-length", "48", "--json"],
         ["generate", str(run), "--prompt", "add 1:", "--max-new-tokens", "4", "--greedy", "--json"],
     ]
@@ -126,7 +127,7 @@ def test_two_processes_merge_export_evaluate_and_generate_what_one_does(two, fil
     assert pair.wait() == [0, 0]
     assert pair.output(1) == ""
     found = [json.loads(line) for line in pair.output(0).splitlines()]
-    for name in ("merge", "export"):
+    for name in ("merge", "export", "half"):
         files_of = [sorted(path.name for path in (folder / name).iterdir()) for folder in (together, alone)]
         assert files_of[0] == files_of[1]
         assert verify_manifest(together / name) == []
@@ -134,7 +135,12 @@ def test_two_processes_merge_export_evaluate_and_generate_what_one_does(two, fil
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         np.testing.assert_allclose(value, theirs[name], rtol=0, atol=1e-6, err_msg=name)  # gates are sums over tokens
-    (merged, exported, evaluated, generated), (_, _, own, text) = found, expected
+    (merged, exported, half, evaluated, generated), (_, _, _, own, text) = found, expected
+    assert half["verified"] is True
+    halves = [load_file(folder / "half" / "model.safetensors") for folder in (together, alone)]
+    for name, value in halves[0].items():
+        assert value.dtype == np.float16
+        np.testing.assert_allclose(value, halves[1][name], rtol=2**-10, atol=1e-6, err_msg=name)
     assert merged["kl"] < 1e-6
     assert exported["verified"] is True
     assert exported["verified_with"] == "mor_jax"  # torch knows nothing of the other process
