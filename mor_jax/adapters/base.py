@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mor_jax.adapters.kernel import Kernel
+from mor_jax.adapters.precision import full_precision
 
 if TYPE_CHECKING:
     from mor_jax.adapters.rules import Event, UpdateTransform
@@ -256,6 +257,7 @@ class Adapter:
         """
         return None
 
+    @full_precision
     def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
         """The kernel with the adapter folded in, in the kernel's layout and dtype: plus ``factors``, where it has any.
 

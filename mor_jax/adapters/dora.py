@@ -17,6 +17,7 @@ from jax import Array
 
 from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site
 from mor_jax.adapters.low_rank import LowRank, expand, start_factors
+from mor_jax.adapters.precision import full_precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class DoRA(LowRank):
         """a: (in, rank)."""
         return leaves.params["a"]
 
+    @full_precision
     def prepare(self, leaves: Leaves, kernel: Kernel) -> Leaves:
         """Adds the direction's norm, (out,): ||W + s a b|| over ``in``, without forming the sum."""
         if "norm" in leaves.constants:
@@ -63,6 +65,7 @@ class DoRA(LowRank):
         """rank (in + out) + out a layer."""
         return super().num_params(site) + site.num_layers * site.out_features
 
+    @full_precision
     def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
         """m V / ||V|| with V = W + s a b, exactly."""
         direction = kernel.dense() + self.scale * leaves.params["a"] @ leaves.params["b"]

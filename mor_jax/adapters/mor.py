@@ -24,6 +24,7 @@ from jax import Array
 
 from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, NotMergeable, Site
 from mor_jax.adapters.low_rank import LowRank, expand, start_factors
+from mor_jax.adapters.precision import full_precision
 from mor_jax.adapters.routing import gate_statistics, softmax_gates, switch_balance
 
 ROUTER_STD = 0.02
@@ -157,6 +158,7 @@ class MoR(LowRank):
         """a, b and the router; lam is neutral at 1, and decay would shrink the change of all experts alike."""
         return leaf not in ("lam_a", "lam_b") and super().decays(leaf, ndim)
 
+    @full_precision
     def factors(self, leaves: Leaves, kernel: Kernel) -> tuple[Array, Array] | None:
         """Of the mean router, (a, s (sum_i lam_a[i] x lam_b[i] / N) * b)."""
         if self.routed:
@@ -168,6 +170,7 @@ class MoR(LowRank):
         mixed = jnp.einsum("n,nr,no->ro", gates.astype(jnp.float32), params["lam_a"], params["lam_b"])
         return params["a"], self.scale * mixed * params["b"]
 
+    @full_precision
     def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
         """W + s a ((sum_i g_i lam_a[i] x lam_b[i]) * b) for constant gates g: (N,); the mean router brings its own.
 

@@ -35,6 +35,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mor_jax.adapters.base import Adapter, AdapterInputs, Kernel, Leaves, Site
+from mor_jax.adapters.precision import full_precision
 from mor_jax.adapters.remora import FoldMatrix
 
 GROUP_TYPES = ("sharing", "contiguous", "contiguous_tiled", "sharing_repeated")
@@ -132,6 +133,7 @@ class MoRA(Adapter):
         """k^2 a layer."""
         return site.num_layers * self.size(site) ** 2
 
+    @full_precision
     def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
         """W + decompress(compress(I) M), exactly; for ReMoRA the accumulators' changes with it."""
         (in_features, out_features), k = kernel.shape, leaves.params["m"].shape[0]

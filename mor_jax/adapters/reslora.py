@@ -34,6 +34,7 @@ from jax import Array
 
 from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, NotMergeable, Site
 from mor_jax.adapters.low_rank import LowRank, expand
+from mor_jax.adapters.precision import full_precision
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -128,6 +129,7 @@ class ResLoRA(LowRank):
             return None
         return _joined(leaves, "a", axis=1), self.scale * _joined(leaves, "b", axis=0)
 
+    @full_precision
     def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
         """W + s a b with the earlier factors (``block``), or W + s (1 + gates[0]) a b, gates: (1,) being alpha_n.
 
@@ -144,6 +146,7 @@ class ResLoRA(LowRank):
         extra = gates[0] if gates is not None else 1.0 if self.form == "input" else 0.0
         return kernel.replace(kernel.dense() + self.scale * (1 + extra) * leaves.params["a"] @ leaves.params["b"])
 
+    @full_precision
     def input_norm(self, leaves: Leaves, second_moment: Array) -> Array:
         """||x|| for ``input``, ||x a|| for ``middle``, over all tokens of the sum of x^T x: (..., in, in)."""
         if self.form == "input":
@@ -151,6 +154,7 @@ class ResLoRA(LowRank):
         a = leaves.params["a"]
         return jnp.sqrt(jnp.sum(a * (second_moment @ a), axis=(-2, -1)))
 
+    @full_precision
     def weight_norm(self, leaves: Leaves, kernel: Kernel) -> Array:
         """||W + s a b|| of each layer, for ``input``.
 

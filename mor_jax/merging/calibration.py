@@ -24,6 +24,7 @@ from jax import Array
 from jax.sharding import AxisType, PartitionSpec
 
 from mor_jax.adapters import Adapter, AdapterInputs, Kernel, Leaves, Site
+from mor_jax.adapters.precision import full_precision
 from mor_jax.injection import Adapted, AdaptedSite, AdapterPlan
 from mor_jax.injection.adapted import emit
 
@@ -271,6 +272,7 @@ def capturing(plan: AdapterPlan, paths: Sequence[str], kind: Kind = "moments", r
 
 
 @functools.partial(jax.jit, static_argnames=("model", "watched", "call"))
+@full_precision
 def _add_batch(
     model: nn.Module,
     watched: AdapterPlan,

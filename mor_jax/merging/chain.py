@@ -16,11 +16,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from mor_jax.adapters import Leaves
+from mor_jax.adapters.precision import full_precision
 from mor_jax.injection import AdapterPlan, link_leaves, site_kernels
 from mor_jax.injection.leaves import site_leaves
 from mor_jax.merging.calibration import Batch, ModelCall, collect, language_model_call
 
 
+@full_precision
 def earlier_shares(
     model: nn.Module,
     params: Any,

@@ -21,6 +21,7 @@ from jax import Array
 from jax.core import Tracer
 
 from mor_jax.adapters import Adapter, Kernel, Leaves, NotMergeable
+from mor_jax.adapters.precision import full_precision
 from mor_jax.injection import AdaptedSite, AdapterPlan, get_path, link_leaves, replace_site_kernels, site_kernels
 from mor_jax.injection.leaves import set_path, site_leaves, with_shared
 
@@ -73,6 +74,7 @@ def _compiled_update(adapted: AdaptedSite, change: Callable[..., Array], shardin
     sizes = adapted.stack_sizes
     count, depth = math.prod(sizes), len(sizes)
 
+    @full_precision
     def run(params: Params, arrays: Any, common: Mapping[str, Any]) -> Array:
         stacked = site_kernels(params, adapted).value
 

@@ -11,10 +11,12 @@ import jax
 from jax import Array
 
 from mor_jax.adapters import DoRA, Kernel, Leaves, LoRA, NotMergeable
+from mor_jax.adapters.precision import full_precision
 from mor_jax.injection import AdaptedSite, AdapterPlan, link_leaves, site_kernels
 from mor_jax.injection.leaves import site_leaves, with_shared
 
 
+@full_precision
 def as_lora(plan: AdapterPlan, leaves: Leaves, params: Mapping[str, Any]) -> tuple[AdapterPlan, Leaves]:
     """The same change with every site a LoRA (rsLoRA, DoRA), exact but for rounding; works under a trace too.
 

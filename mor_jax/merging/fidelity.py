@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array
 
 from mor_jax.adapters import Leaves
+from mor_jax.adapters.precision import full_precision
 from mor_jax.injection import AdapterPlan, site_kernels
 from mor_jax.merging.calibration import Batch, ModelCall, collect, forward, language_model_call
 from mor_jax.processes import gathered
@@ -186,6 +187,7 @@ def _added_up(compare: Callable[[Batch], dict[str, Array]], batches: Sequence[Ba
 
 
 @functools.partial(jax.jit, static_argnames=("model", "plan", "call"))
+@full_precision
 def routed_logits(
     model: nn.Module, plan: AdapterPlan, call: ModelCall, params: Any, leaves: Leaves, batch: Batch
 ) -> Array:
@@ -194,12 +196,14 @@ def routed_logits(
 
 
 @functools.partial(jax.jit, static_argnames=("model", "call"))
+@full_precision
 def _plain_logits(model: nn.Module, call: ModelCall, params: Any, batch: Batch) -> Array:
     args, kwargs, _ = call(batch)
     return model.apply({"params": params}, *args, **kwargs)  # pyright: ignore[reportReturnType]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "plan", "call"))
+@full_precision
 def _compare_batch(
     model: nn.Module, plan: AdapterPlan, call: ModelCall, params: Any, leaves: Leaves, merged: Any, batch: Batch
 ) -> dict[str, Array]:

@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from mor_jax.adapters import Leaves
+from mor_jax.adapters.precision import full_precision
 from mor_jax.injection import AdapterPlan, init_probes
 from mor_jax.merging.calibration import Batch, ModelCall, forward, language_model_call, through_probes
 from mor_jax.merging.chain import earlier_shares
@@ -20,6 +21,7 @@ from mor_jax.processes import gathered
 
 
 @functools.partial(jax.jit, static_argnames=("model", "plan", "call"))
+@full_precision
 def _add_batch(
     model: nn.Module,
     plan: AdapterPlan,

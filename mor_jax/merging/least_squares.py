@@ -21,6 +21,7 @@ import numpy as np
 from jax import Array
 
 from mor_jax.adapters import Leaves
+from mor_jax.adapters.precision import full_precision
 from mor_jax.injection import AdaptedSite, AdapterPlan, link_leaves
 from mor_jax.merging.calibration import (
     RIDGE,
@@ -106,6 +107,7 @@ def _solve(adapted: AdaptedSite, sums: Mapping[str, Array], ridge: float) -> tup
 
 
 @functools.partial(jax.jit, static_argnums=1)
+@full_precision
 def _solve_layers(sums: tuple[Array, Array], ridge: float) -> Array:
     return jax.lax.map(lambda layer: shard_inputs(solve_ridge(layer[0], layer[1], ridge)), sums)
 

@@ -138,11 +138,40 @@ def _splash(
 
 def _splash_rows(kernel, query, key, value, query_segments, key_segments):
     """(B, S', N', H): `kernel` for each row; it wants heads before tokens."""
+    raised = jax.config.jax_default_matmul_precision not in (None, "default")  # pyright: ignore[reportAttributeAccessIssue]
+    attend = _rows_as_they_are if raised and query.dtype != jnp.float32 else _rows
+    return attend(kernel, query, key, value, query_segments, key_segments)
+
+
+def _rows(kernel, query, key, value, query_segments, key_segments):
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     heads_first = (jnp.swapaxes(array, 1, 2) for array in (query, key, value))
     out = jax.vmap(kernel)(*heads_first, splash_attention.SegmentIds(query_segments, key_segments))
     return jnp.swapaxes(out, 1, 2)
+
+
+@jax.custom_vjp
+def _rows_as_they_are(kernel, query, key, value, query_segments, key_segments):
+    """`_rows` where a context asks for more precision than bfloat16 has: the TPU's compiler then refuses the kernel.
+
+    The products of such rows are exact in any case. The backward pass is traced later, so it says so itself.
+    """
+    with jax.default_matmul_precision("default"):
+        return _rows(kernel, query, key, value, query_segments, key_segments)
+
+
+def _rows_forward(kernel, query, key, value, query_segments, key_segments):
+    with jax.default_matmul_precision("default"):
+        return jax.vjp(lambda *own: _rows(kernel, *own, query_segments, key_segments), query, key, value)
+
+
+def _rows_backward(pullback, g):
+    with jax.default_matmul_precision("default"):
+        return None, *pullback(g), None, None
+
+
+_rows_as_they_are.defvjp(_rows_forward, _rows_backward)
 
 
 def _splash_kernel(heads: int, length: int, parts: int, window: int | None, softcap: float | None, interpret: bool):

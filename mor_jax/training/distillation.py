@@ -22,6 +22,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from mor_jax.adapters import AdapterInputs, Leaves
+from mor_jax.adapters.precision import full_precision
 from mor_jax.data.packing import permutation
 from mor_jax.injection import Adapted, AdapterPlan
 from mor_jax.merging import (
@@ -67,6 +68,7 @@ def distillation_loss(adapted: Adapted, call: ModelCall = language_model_call) -
     return loss
 
 
+@full_precision
 def distill(
     model: nn.Module,
     params: Any,

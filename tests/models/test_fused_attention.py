@@ -67,6 +67,25 @@ def test_the_tpu_kernel_on_a_mesh_equals_plain_attention():
     _assert_equal(functools.partial(fused._splash, **options), 40, 2.0, mesh)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_the_tpu_kernel_of_bfloat16_keeps_its_precision_in_any_context(dtype):
+    """Its compiler refuses bfloat16 products of the highest precision ("Bad lhs type"), and takes those of float32."""
+    arrays = [array.astype(dtype) for array in _inputs()]
+
+    def total(*arrays):
+        out = fused._splash(*arrays, jnp.asarray(SEGMENTS), window=None, softcap=None, scale=1.0, interpret=True)
+        return jnp.sum(jnp.float32(out))
+
+    gradient = jax.grad(total, argnums=(0, 1, 2))
+    with jax.default_matmul_precision("highest"):
+        text = str(jax.make_jaxpr(gradient)(*arrays))
+        found = jax.jit(gradient)(*arrays)
+    assert text.count("dot_general") >= 7
+    assert ("HIGHEST" in text) == (dtype == jnp.float32)
+    for one, other in zip(found, jax.jit(gradient)(*arrays), strict=True):
+        np.testing.assert_allclose(jnp.float32(one), jnp.float32(other), atol=1e-5)
+
+
 @pytest.mark.parametrize("window", [None, 40])
 def test_what_is_asked_of_cudnn_equals_plain_attention(window):
     options = {"window": window, "scale": 5.0**-0.5, "implementation": "xla"}
