@@ -16,13 +16,13 @@ from mor_jax.cli.merge import (
     merged_model,
     opened_at_rank,
     report_summary,
+    write_merged,
 )
 from mor_jax.cli.opening import LiveModel
 from mor_jax.cli.options import ExportOptions
 from mor_jax.export import (
     ExportError,
     Verification,
-    export_hf,
     export_peft,
     probe_tokens,
     verify_adapter,
@@ -76,7 +76,7 @@ Outcome = tuple[Verification | None, FidelityReport | None]
 def _export_hf(live: LiveModel, options: ExportOptions, output: Path) -> Outcome:
     """Always verified: by transformers with `--verify` where torch is installed, else by our own reader."""
     merged, report = merged_model(live, options)
-    export_hf(merged, live.config, output, source_dir=live.directory, report=report, dtype=options.dtype)
+    write_merged(merged, live, output, report, options.dtype)
     return verify_export(output, merged, live.config, **_probe(live, options)), report
 
 

@@ -29,7 +29,7 @@ from mor_jax.merging import (
     refactor,
     routed_paths,
 )
-from mor_jax.models import carried_files, make_model, round_params, written_dtypes
+from mor_jax.models import EncoderConfig, carried_files, make_model, round_params, written_dtypes
 from mor_jax.models.dtypes import STORED
 from mor_jax.training.distributed import check_same_content, first_decides
 from mor_jax.training.recorded_base import expanded_path
@@ -244,6 +244,12 @@ def check_gates(options: MergeOptions | ExportOptions, tasks: tuple[str, ...]) -
         raise UsageError(f"--learning-rate must be positive, got {options.learning_rate}")
 
 
+def write_merged(merged: dict, live: LiveModel, output: Path, report: FidelityReport, dtype: str | None) -> None:
+    """Writes the merged model as `export_hf` does, with the base's files and what ends generation in the run."""
+    stop = () if isinstance(live.config, EncoderConfig) else live.tokenization().stop
+    export_hf(merged, live.config, output, source_dir=live.directory, report=report, dtype=dtype, stop_tokens=stop)
+
+
 def merge_command(options: MergeOptions) -> dict[str, Any]:
     """Writes the merged base with `fidelity.json`; returns `exact`, `max_logit_difference`, `kl` and more of it.
 
@@ -256,5 +262,5 @@ def merge_command(options: MergeOptions) -> dict[str, Any]:
     carried_files(live.directory)  # before the work
     with live.on_devices():
         merged, report = merged_model(live, options)
-        export_hf(merged, live.config, output, source_dir=live.directory, report=report, dtype=options.dtype)
+        write_merged(merged, live, output, report, options.dtype)
     return report_summary(report) | {"output_dir": str(output)}

@@ -111,3 +111,41 @@ def test_generation_stops_where_training_taught_it_to(capsys, tmp_path, model_di
     assert main(["generate", str(folder), "--prompt", "a", "--greedy", "--max-new-tokens", "4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["token_ids"] == [first]
     assert dataclasses.replace(tokenization, stop=()).end == (1,)
+
+
+@pytest.fixture(scope="module")
+def turns(tmp_path_factory, model_dir):
+    """The tiny model with a template that ends turns by a token of its own."""
+    folder = tmp_path_factory.mktemp("turns") / "model"
+    shutil.copytree(model_dir, folder)
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    tokenizer.chat_template = tiny.CHAT_TEMPLATE.replace("</s>", "<|end|>")
+    tokenizer.save_pretrained(folder)
+    return folder, sorted(tokenizer.convert_tokens_to_ids(["</s>", "<|end|>"]))
+
+
+@pytest.mark.parametrize("own", [None, {"eos_token_id": 1, "temperature": 0.5}])
+@pytest.mark.parametrize("command", ["merge", "export"])
+def test_what_leaves_the_run_says_where_generation_stops(capsys, turns, chats, tmp_path, command, own):
+    folder, ends = turns
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if own is not None:
+        (folder / "generation_config.json").write_text(json.dumps(own))
+    assert train(folder, chats, tmp_path / "run", "--steps", "1") == 0
+    out = tmp_path / "out"
+    assert main([command, str(tmp_path / "run"), "--output-dir", str(out)]) == 0
+    written = json.loads((out / "generation_config.json").read_text())
+    assert written["eos_token_id"] == ends
+    assert written.get("temperature") == (None if own is None else 0.5)
+    assert read_tokenization(out).stop == tuple(ends)
+    capsys.readouterr()
+    assert main(["verify", str(out), "--json"]) == 0
+
+
+def test_what_the_files_say_already_is_left_as_it_is(model_dir, chats, tmp_path):
+    assert train(model_dir, chats, tmp_path / "run", "--steps", "1") == 0
+    assert main(["merge", str(tmp_path / "run"), "--output-dir", str(tmp_path / "out")]) == 0
+    known = json.loads((tmp_path / "out" / "config.json").read_text()).get("eos_token_id")
+    there = (tmp_path / "out" / "generation_config.json").is_file()
+    assert there == (known != tiny.make_tokenizer().eos_token_id)

@@ -213,9 +213,10 @@ def run_demo(output_dir: str, seed: int = 0) -> dict[str, Any]:
 
 def export(merged: dict, report: FidelityReport, live: LiveModel, directory: Path) -> dict[str, Any]:
     """Writes the merged model as a Hugging Face directory and compares it with the one in memory."""
-    from mor_jax.export import export_hf, verify_export
+    from mor_jax.cli.merge import write_merged
+    from mor_jax.export import verify_export
 
-    export_hf(merged, live.config, directory, source_dir=live.directory, report=report)
+    write_merged(merged, live, directory, report)
     found = verify_export(directory, merged, live.config)
     return {
         "export_verified": found.verified,
