@@ -43,6 +43,10 @@ class RopeScaling:
             raise ValueError(f"RopeScaling.factor must be positive, got {self.factor}")
         if self.kind != "linear" and not self.original_max_position_embeddings:
             raise ValueError(f"rope type {self.kind!r} needs original_max_position_embeddings")
+        if self.kind == "yarn" and not (self.beta_fast > 0 and self.beta_slow > 0):
+            raise ValueError(
+                f"RopeScaling.beta_fast and beta_slow must be positive, got {self.beta_fast} and {self.beta_slow}"
+            )
         if self.kind == "llama3" and not self.high_freq_factor > self.low_freq_factor:
             raise ValueError(
                 f"RopeScaling.high_freq_factor must exceed low_freq_factor, got {self.high_freq_factor} and "

@@ -15,7 +15,7 @@ from typing import Any
 from mor_jax.models.config import DecoderConfig, EncoderConfig, ModelConfig
 from mor_jax.models.hf_encoder import ENCODER_FAMILIES, encoder_to_hf, parse_encoder
 from mor_jax.models.hf_families import FAMILIES, Family
-from mor_jax.models.hf_fields import read_activation, read_dtype, warn_of_others
+from mor_jax.models.hf_fields import check_silent, read_activation, read_dtype, warn_of_others
 from mor_jax.models.hf_json import JsonReader, ModelFileError, read_json
 from mor_jax.models.hf_kinds import check_kind
 from mor_jax.models.hf_rope import read_ropes, ropes_to_hf
@@ -86,6 +86,7 @@ def _parse(path: Path, values: dict[str, Any]) -> ModelConfig:
     for name, flag in family.bias_fields.items():
         fields[name] = flag if isinstance(flag, bool) else reader.get(flag, bool, False)
     dtype = read_dtype(reader)
+    check_silent(reader, {"attention_dropout": "attention_dropout" in family.nullable}, family.initializer_limit)
     warn_of_others(reader, family)
     try:
         return DecoderConfig(**fields, **family.fixed, model_type=model_type, dtype=dtype, param_dtype=dtype)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mor_jax.models.config import EncoderConfig
-from mor_jax.models.hf_fields import read_activation, read_dtype, warn_of_unknown
+from mor_jax.models.hf_fields import check_silent, read_activation, read_dtype, warn_of_unknown
 from mor_jax.models.hf_json import JsonReader, ModelFileError
 
 
@@ -38,6 +38,12 @@ _READ = (
     *("max_position_embeddings", "layer_norm_eps", "hidden_act", "initializer_range"),
     *("is_decoder", "add_cross_attention", "tie_word_embeddings"),
 )
+_RATES = {  # that may be null, or not
+    "hidden_dropout_prob": False,
+    "attention_probs_dropout_prob": False,
+    "classifier_dropout": True,
+    "chunk_size_feed_forward": False,
+}
 _CLASSIFIER = "ForSequenceClassification"
 _PRETRAINING = ("ForMaskedLM", "ForPreTraining")
 
@@ -72,6 +78,8 @@ def parse_encoder(path: Path, values: dict[str, Any]) -> EncoderConfig:
         "labels": _labels(reader) if head != "none" else (),
     }
     dtype = read_dtype(reader)
+    check_silent(reader, _RATES)
+    reader.get("tie_word_embeddings", bool, True)
     usual = values.get("position_embedding_type") == "absolute"  # older files say so; there is no other kind any more
     known = {*_READ, "position_embedding_type"} if usual else {*_READ}
     warn_of_unknown(reader, known, values["model_type"])

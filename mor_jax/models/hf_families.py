@@ -5,6 +5,7 @@ Defaults, and which fields a family has, are those of its configuration class in
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ class Family:
 
     architecture: str  # the class name that Hugging Face files carry
     defaults: dict[str, Any] = field(default_factory=dict)  # values where `config.json` is silent
-    nullable: tuple[str, ...] = ()  # sizes that may be null
+    nullable: tuple[str, ...] = ()  # sizes and rates that may be null
     bias_fields: dict[str, Any] = field(default_factory=dict)  # ours -> name of the JSON flag, or a fixed bool
     window: str = (
         "none"  # "all" layers, "upper" (from max_window_layers on, when use_sliding_window), "pattern", "none"
@@ -28,6 +29,7 @@ class Family:
     activation: str = "hidden_act"  # JSON name of the activation
     scaled_embedding: bool = False  # embedded tokens are multiplied by hidden_size^1/2
     sliding_rope: str = ""  # JSON name of the rope theta of layers with a window
+    initializer_limit: float = math.inf  # the most that initializer_range may be
     divided: bool = False  # hidden_size must divide by the heads even where head_dim is set
 
     @property
@@ -70,8 +72,9 @@ FAMILIES = {
     "llama": Family(
         architecture="LlamaForCausalLM",
         defaults={"max_position_embeddings": 2048},
-        nullable=("num_key_value_heads", "head_dim"),
+        nullable=("num_key_value_heads", "head_dim", "attention_dropout"),
         bias_fields={"qkv_bias": "attention_bias", "o_bias": "attention_bias", "mlp_bias": "mlp_bias"},
+        initializer_limit=1.0,
         divided=True,
     ),
     "mistral": Family(
@@ -103,6 +106,7 @@ FAMILIES = {
             "attn_logit_softcapping": 50.0,
             "final_logit_softcapping": 30.0,
         },
+        nullable=("attention_dropout",),
         bias_fields=_GEMMA_BIASES,
         window="pattern",
         fixed={"norm_unit_offset": True, "post_norms": True},
@@ -121,6 +125,7 @@ FAMILIES = {
             "rope_theta": 1_000_000.0,
             "rope_local_base_freq": 10_000.0,
         },
+        nullable=("attention_dropout",),
         bias_fields=_GEMMA_BIASES,
         window="pattern",
         fixed={"norm_unit_offset": True, "post_norms": True, "qk_norm": True},

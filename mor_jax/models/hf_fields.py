@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any
 
 from mor_jax.models.config import ACTIVATIONS
@@ -77,6 +79,34 @@ def read_activation(reader: JsonReader, name: str, default: str) -> str:
         choices = ", ".join((*ACTIVATIONS, *_SAME_ACTIVATIONS))
         raise reader.fail(name, f"is {written!r}: {name} must be one of {choices}")
     return found
+
+
+def check_silent(reader: JsonReader, numbers: dict[str, bool], initializer_limit: float = math.inf) -> None:
+    """Nothing where the fields that decide nothing are at least of the types that transformers insists on.
+
+    Args:
+      reader: of the file.
+      numbers: the rates of dropout and the like that the family has, and whether they may be null.
+      initializer_limit: the most that initializer_range may be.
+
+    Raises:
+      ModelFileError: one is of another type, so that transformers does not read the file.
+    """
+    reader.get("use_cache", bool, True)
+    reader.count("num_labels", required=False)
+    for name, nullable in numbers.items():
+        reader.number(name, 0.0, nullable=nullable)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        value = reader.values.get(name)
+        if not (name == "eos_token_id" and isinstance(value, list) and all(type(each) is int for each in value)):
+            reader.get(name, int, nullable=True)
+    labels = reader.get("id2label", dict, nullable=True) or {}
+    if not all(re.fullmatch(r"\s*[+-]?\d+\s*", number) for number in labels):
+        raise reader.fail("id2label", f"must have whole numbers as keys, got {sorted(labels)}")
+    spread = reader.get("initializer_range", float, 0.0)
+    if not 0 <= spread <= initializer_limit:
+        limit = "" if initializer_limit == math.inf else f" and at most {initializer_limit}"
+        raise reader.fail("initializer_range", f"must be at least 0{limit}, got {spread}")
 
 
 def warn_of_others(reader: JsonReader, family: Family) -> None:

@@ -91,6 +91,6 @@ def _hint(values: dict[str, Any]) -> str:
 
 
 def _families_of_transformers() -> set[str]:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # slow to import: for an error alone
+    from transformers import CONFIG_MAPPING  # slow to import: for an error alone
 
-    return set(CONFIG_MAPPING_NAMES)
+    return set(CONFIG_MAPPING.keys())

@@ -216,6 +216,17 @@ DTYPES = [
     {"torch_dtype": "float8"},
     {"dtype": "float32", "torch_dtype": "bf16"},
 ]
+SILENT = [  # what decides nothing, if it is of the right type
+    *({"use_cache": value} for value in (None, 1, False)),
+    *({"attention_dropout": value} for value in (None, "0", 0, 0.1, True)),
+    *({"pad_token_id": value} for value in (None, "0", 1.0)),
+    *({"bos_token_id": value} for value in (None, "0", [1], 400)),
+    *({"eos_token_id": value} for value in (None, "0", [1, 2])),
+    *({"initializer_range": value} for value in (0.5, 2.0, -1.0)),
+    *({"id2label": value} for value in (None, ["a"], {"a": "b"}, {"0": "a", "1": "b"})),
+    *({"num_labels": value} for value in (None, "3", 3)),
+    {"return_dict": True, "output_attentions": False, "temperature": 0.5, "task_specific_params": {}},
+]
 FUNCTIONS = [
     *({"hidden_act": name, "hidden_activation": name} for name in ("silu", "swish", "gelu", "gelu_python", "relu")),
     *({"hidden_act": f"gelu_{name}"} for name in ("new", "fast", "accurate", "python_tanh", "pytorch_tanh")),

@@ -4,7 +4,7 @@ import random
 import re
 
 import pytest
-from spellings import ABSENT, BASES, DTYPES, FUNCTIONS, ROPES, SCALINGS, SHAPES, WINDOWS
+from spellings import ABSENT, BASES, DTYPES, FUNCTIONS, ROPES, SCALINGS, SHAPES, SILENT, WINDOWS
 from transformers_reading import check, read_or_error, write
 
 from mor_jax.models import ModelFileError, read_config
@@ -43,7 +43,7 @@ def test_one_rope_setting(family, tmp_path):
 
 @pytest.mark.parametrize("family", BASES)
 @pytest.mark.parametrize(
-    "changes", [ROPES, WINDOWS, SHAPES, FUNCTIONS], ids=["ropes", "windows", "shapes", "functions"]
+    "changes", [ROPES, WINDOWS, SHAPES, FUNCTIONS, SILENT], ids=["ropes", "windows", "shapes", "functions", "silent"]
 )
 def test_one_field_or_a_few(family, changes, tmp_path):
     assert check_all(tmp_path, [spelled(family, change) for change in changes]) >= {"same"}

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from spellings import ABSENT, DTYPES
+from spellings import ABSENT, DTYPES, SILENT
 from transformers_reading import POINTS, forward_or_error, read_or_error, write
 
 from mor_jax.models import ModelFileError
@@ -45,7 +45,12 @@ _FIELDS = [
     {"per_layer_config": {"0": {"hidden_act": "relu"}}},
     {"rope_theta": 5.0, "sliding_window": 2, "head_dim": 8, "num_key_value_heads": 2},
     *({"hidden_act": name} for name in ("relu", "gelu_new", "gelu_python", "swish", "nope")),
+    *({"hidden_dropout_prob": value} for value in (None, "0", 0)),
+    *({"attention_probs_dropout_prob": value} for value in (None, 0)),
+    *({"classifier_dropout": value} for value in (None, "0", 0)),
+    *({"tie_word_embeddings": value} for value in (None, 1, False)),
     *DTYPES,
+    *(change for change in SILENT if "attention_dropout" not in change),
 ]
 _LABELS = [
     {},
