@@ -163,7 +163,9 @@ def _rows_as_they_are(kernel, query, key, value, query_segments, key_segments):
 
 def _rows_forward(kernel, query, key, value, query_segments, key_segments):
     with jax.default_matmul_precision("default"):
-        return jax.vjp(lambda *own: _rows(kernel, *own, query_segments, key_segments), query, key, value)
+        return jax.vjp(
+            lambda *own: _rows(kernel, own[0], own[1], own[2], query_segments, key_segments), query, key, value
+        )
 
 
 def _rows_backward(pullback, g):

@@ -83,7 +83,7 @@ def plan_decay_mask(plan: AdapterPlan) -> Callable[[Any], Any]:
         if place in owners and name not in ndims:
             method, layers = owners[place]
             return method.decays(own, leaf.ndim - layers)
-        return decays_by_name(name, ndims.get(name, leaf.ndim))
+        return decays_by_name(name, ndims[name] if name in ndims else leaf.ndim)
 
     return lambda params: jax.tree.map_with_path(mask, params)
 
