@@ -244,7 +244,7 @@ def check_gates(options: MergeOptions | ExportOptions, tasks: tuple[str, ...]) -
         raise UsageError(f"--learning-rate must be positive, got {options.learning_rate}")
 
 
-def write_merged(merged: dict, live: LiveModel, output: Path, report: FidelityReport, dtype: str | None) -> None:
+def write_merged(merged: dict, live: LiveModel, output: Path, report: FidelityReport, dtype: str | None = None) -> None:
     """Writes the merged model as `export_hf` does, with the base's files and what ends generation in the run."""
     stop = () if isinstance(live.config, EncoderConfig) else live.tokenization().stop
     export_hf(merged, live.config, output, source_dir=live.directory, report=report, dtype=dtype, stop_tokens=stop)
