@@ -27,7 +27,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, carried, _=None):
         h, extra = carried
-        inner = jnp.tanh(nn.Dense(self.inner, dtype=h.dtype, name="up")(h))
+        inner = jnp.sin(nn.Dense(self.inner, dtype=h.dtype, name="up")(h))
         return (h + nn.Dense(self.width, dtype=h.dtype, name="down")(inner), extra), None
 
 
@@ -88,7 +88,7 @@ def _reached(adapted, shape):
     found = jax.tree.map(lambda v: np.zeros(v.shape, bool), trained)
     for _ in range(STEPS):
         step = jax.tree.map(np.asarray, gradient(trained))
-        trained = jax.tree.map(lambda v, d: v - 0.05 * d, trained, step)
+        trained = jax.tree.map(lambda v, d: v - 1e-3 * d, trained, step)
         found = jax.tree.map(lambda seen, d: seen | (d != 0) & np.isfinite(d), found, step)
     return found
 
