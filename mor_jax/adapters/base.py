@@ -307,6 +307,13 @@ class Adapter:
             raise TypeError(f"{type(self).__name__} must define merge, or factors")
         return kernel.replace(kernel.dense() + pair[0] @ pair[1])
 
+    def read_differently(self, version: int, site: Site) -> str:
+        """What has changed in the meaning of leaves that were saved under adapter format ``version``; "" for nothing.
+
+        A clause that names the method, where the numbers of such a file would compute something else today.
+        """
+        return ""
+
     def padded_params(self, site: Site) -> int:
         """Entries of the trained leaves, with the ranks that only fill up a static shape."""
         return self.num_params(site)

@@ -29,7 +29,7 @@ from mor_jax.adapters import Leaves
 from mor_jax.data import DataError
 from mor_jax.optim import Rules, plan_rules
 from mor_jax.processes import barrier, is_alone, is_first
-from mor_jax.training.adapter_file import save_adapter
+from mor_jax.training.adapter_file import FORMAT_VERSION, check_meaning, save_adapter
 from mor_jax.training.build import Run, build_run, target_rows
 from mor_jax.training.checkpoint import Checkpoints, fingerprint
 from mor_jax.training.config import ConfigError, TrainConfig, config_to_mapping
@@ -315,6 +315,7 @@ def _metadata(run: Run, custom_optimizer: bool, score_batch: Any) -> dict[str, A
     return {
         "config": config,
         "base_fingerprint": fingerprint(run.params),
+        "adapter_version": FORMAT_VERSION,
         "custom_optimizer": custom_optimizer,
         "score_batch": None if score_batch is None else fingerprint(score_batch),
     }
@@ -335,6 +336,7 @@ def _restore(
     if saved is not None:
         check_same_base(run.config, saved, metadata["base_fingerprint"])
         check_same_score_batch(run.config, saved, metadata["score_batch"])
+        check_meaning(start.checkpoints.directory / str(step), run.plan, saved.get("adapter_version", 1))
         _check_place(run, saved["iterator"])
     found = start.checkpoints.restore(_items(state), step)
     if found is None:
