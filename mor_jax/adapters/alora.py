@@ -99,7 +99,7 @@ class ReallocateRanks(Event):
             new_a, new_b = (along_ranks(leaf, fresh[path]) for leaf in ("a", "b"))
             leaves[path] = own._replace(params={"a": jnp.where(new_a, start, a), "b": jnp.where(new_b, 0.0, b)})
 
-        def moments(path: str, leaf: str, moment: Array) -> Array:
+        def moments(path: str, leaf: str, number: int, moment: Array) -> Array:
             return jnp.where(along_ranks(leaf, fresh[path]), jnp.zeros_like(moment), moment)
 
         report = {"pruned": jnp.sum(pruned), "added": jnp.sum(new), "ranks": jnp.sum(gamma) - pruned.sum() + new.sum()}

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from mor_jax.adapters.settings import Settings
+
 if TYPE_CHECKING:
     from mor_jax.adapters.rules import Event, UpdateTransform
 
@@ -151,7 +153,7 @@ class AdapterInputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adapter:
+class Adapter(Settings):
     """A fine-tuning method. A final class defines ``init``, ``delta``, ``num_params`` and ``factors`` or ``merge``."""
 
     name: ClassVar[str] = ""
@@ -168,24 +170,6 @@ class Adapter:
         """Checks the fields that all methods share."""
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"{type(self).__name__}.dropout must be in [0, 1), got {self.dropout}")
-
-    def require_positive(self, *names: str) -> None:
-        """Raises ValueError naming the first of the fields ``names`` that is not positive."""
-        for name in names:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{type(self).__name__}.{name} must be positive, got {getattr(self, name)}")
-
-    def require_not_negative(self, *names: str) -> None:
-        """Raises ValueError naming the first of the fields ``names`` that is negative."""
-        for name in names:
-            if getattr(self, name) < 0:
-                raise ValueError(f"{type(self).__name__}.{name} must not be negative, got {getattr(self, name)}")
-
-    def require_choice(self, name: str, *allowed: str) -> None:
-        """Raises ValueError unless the field ``name`` is one of ``allowed``."""
-        if getattr(self, name) not in allowed:
-            known = ", ".join(allowed)
-            raise ValueError(f"{type(self).__name__}.{name} must be one of {known}, got {getattr(self, name)!r}")
 
     @property
     def gate_block(self) -> str | None:
@@ -306,13 +290,6 @@ class Adapter:
         if pair is None:
             raise TypeError(f"{type(self).__name__} must define merge, or factors")
         return kernel.replace(kernel.dense() + pair[0] @ pair[1])
-
-    def read_differently(self, version: int, site: Site) -> str:
-        """What has changed in the meaning of leaves that were saved under adapter format ``version``; "" for nothing.
-
-        A clause that names the method, where the numbers of such a file would compute something else today.
-        """
-        return ""
 
     def padded_params(self, site: Site) -> int:
         """Entries of the trained leaves, with the ranks that only fill up a static shape."""

@@ -10,10 +10,12 @@ import pytest
 import tiny_runs
 
 from mor_jax.adapters import LoRA, MoRA
+from mor_jax.adapters.beamlora import ExpandStrong
 from mor_jax.injection import init_leaves, resolve_sites
 from mor_jax.models import Decoder, DecoderConfig
 from mor_jax.training import train
 from mor_jax.training.adapter_file import AdapterFileError, load_adapter, save_adapter
+from mor_jax.training.checkpoint import CheckpointError
 from mor_jax.training.integrity import write_manifest
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -89,6 +91,18 @@ def _older(run, step):
     assert metadata.pop("adapter_version") == 2
     (place / "metadata" / "metadata").write_text(json.dumps(metadata))
     write_manifest(place)
+
+
+def test_a_checkpoint_without_what_a_rule_remembers_today_says_so(files, tmp_path, monkeypatch):
+    """BeamLoRA's runs of before kept no moments."""
+    fields = {"mesh": "data=1", "steps": 2, "save_every": 1, "accumulate": 1, "method": "beamlora"}
+    with monkeypatch.context() as older:
+        older.setattr(ExpandStrong, "remembers_moments", False)
+        train(tiny_runs.config_of(files, tmp_path / "run", **fields))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+    message = r"checkpoints/1 does not hold the arrays of this run .*expand.*moments.*: resume with the settings"
+    with pytest.raises(CheckpointError, match=message):
+        train(tiny_runs.config_of(files, tmp_path / "run", resume=True, **fields))
 
 
 def test_a_run_of_the_older_grouping_is_not_gone_on_with(files, tmp_path):
