@@ -127,3 +127,7 @@ class Event:
     def apply(self, call: EventCall) -> EventResult:
         """The event itself: no Python branches on arrays, shapes unchanged."""
         raise TypeError(f"{type(self).__name__} must define apply")
+
+    def warning(self, report: Mapping[str, Any]) -> str:
+        """A sentence of warning about what ``apply`` reported, by then on the host; "" where all is well."""
+        return ""

@@ -6,6 +6,7 @@ the batch of the step where nothing is held out.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,13 @@ import optax
 
 from mor_jax.adapters import AdapterInputs, Leaves
 from mor_jax.optim import EventRule, Rules
+from mor_jax.processes import is_first
 from mor_jax.training.accumulation import batch_inputs
 from mor_jax.training.backend import compiler_options
 from mor_jax.training.sharding import on_mesh
 from mor_jax.training.step import Loss, StateShardings, TrainState
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,14 @@ class Events:
         due = dict.fromkeys(name for step in steps for name, _ in self.rules.due(step))  # all processes in one order
         for name in due:
             self.functions[name].lower(state, params, self.constants, self._scored(batch)).compile()
+
+    def warn(self, step: int, reports: Mapping[str, Mapping[str, Any]]) -> None:
+        """Logs, on the first process, what the events have to warn of in their reports of a step, fetched by now."""
+        by_name = {rule.name: rule.event for rule in self.rules.events}
+        for name, report in reports.items():
+            message = by_name[name].warning(report)
+            if message and is_first():
+                _LOGGER.warning("step %d: %s", step, message)
 
     def cache_size(self) -> int:
         """How many programs were compiled."""

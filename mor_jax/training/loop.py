@@ -232,6 +232,7 @@ class _Loop:
             raise NonFiniteError(step, self.step.names[bad])
         if self.pulse is not None:
             self.agreed, tokens = int(metrics["pulse"]["signal"]), metrics["pulse"].get("real_tokens")
+        self.events.warn(step, metrics.get("events", {}))
         self.losses.append(float(metrics["loss"]))
         self.rate = self.throughput.add(float(metrics["tokens"] if tokens is None else tokens))
         self.step_seconds = self.throughput.step_seconds()
