@@ -55,20 +55,21 @@ class Events:
         for name in due:
             self.functions[name].lower(state, params, self.constants, self._scored(batch)).compile()
 
-    def warn(self, step: int, reports: Mapping[str, Mapping[str, Any]]) -> None:
-        """Logs, on the first process, what the events have to warn of in their reports of a step, fetched by now."""
-        by_name = {rule.name: rule.event for rule in self.rules.events}
-        for name, report in reports.items():
-            message = by_name[name].warning(report)
-            if message and is_first():
-                _LOGGER.warning("step %d: %s", step, message)
-
     def cache_size(self) -> int:
         """How many programs were compiled."""
         return sum(function._cache_size() for function in self.functions.values())
 
     def _scored(self, batch: Any) -> Any:
         return batch if self.batch is None else self.batch
+
+
+def warn_of(rules: Rules, step: int, reports: Mapping[str, Mapping[str, Any]]) -> None:
+    """Logs, on the first process, what the events have to warn of in their reports of a step, fetched by now."""
+    by_name = {rule.name: rule.event for rule in rules.events}
+    for name, report in reports.items():
+        message = by_name[name].warning(report)
+        if message and is_first():
+            _LOGGER.warning("step %d: %s", step, message)
 
 
 def make_events(

@@ -40,7 +40,7 @@ from mor_jax.training.distributed import (
     is_lost_peer,
 )
 from mor_jax.training.evaluation import Evaluation, make_evaluation
-from mor_jax.training.events import Events, make_events
+from mor_jax.training.events import Events, make_events, warn_of
 from mor_jax.training.mesh import put_batch
 from mor_jax.training.metrics import (
     Output,
@@ -124,6 +124,7 @@ class _Loop:
     run: Run
     stop: StopRequest
     step: Step
+    rules: Rules
     events: Events
     state: TrainState
     constants: Any
@@ -232,7 +233,7 @@ class _Loop:
             raise NonFiniteError(step, self.step.names[bad])
         if self.pulse is not None:
             self.agreed, tokens = int(metrics["pulse"]["signal"]), metrics["pulse"].get("real_tokens")
-        self.events.warn(step, metrics.get("events", {}))
+        warn_of(self.rules, step, metrics.get("events", {}))
         self.losses.append(float(metrics["loss"]))
         self.rate = self.throughput.add(float(metrics["tokens"] if tokens is None else tokens))
         self.step_seconds = self.throughput.step_seconds()
@@ -293,6 +294,7 @@ def _set_up(run: Run, start: Start, stop: StopRequest, custom_optimizer: bool) -
         run=run,
         stop=stop,
         step=step,
+        rules=rules,
         events=events,
         state=state,
         constants=constants,
