@@ -10,15 +10,18 @@ every site lost one the budget shrinks. New ranks start as at the beginning, wit
 From the paper: the score, on 32 examples; n_A 7 for rank 8 on 7 linear maps, K1 = 1 epoch, K2 = 0.25 epoch, 8 rounds:
 here 1/3 and 1/12 of the steps, which is 3 epochs. Ours: the batch is the first held-out micro-batch, so its size is
 that of the run; sites are padded to ``max_rank`` and take no more, the next site takes it then; fresh moments are 0
-while the optimiser's step count goes on. Not PEFT's "aLoRA" (Activated LoRA).
+while the optimiser's step count goes on. A site may lose all its ranks: it then trains nothing, its mean score counts
+as -inf, so that it is the last in turn to be given some again, and the run warns of it. The best rank of the model is
+never pruned, and a rank without which, or alone with which, the score is not a number is pruned first. Not PEFT's
+"aLoRA" (Activated LoRA).
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -37,13 +40,17 @@ def with_gamma(leaves: SiteLeaves, gamma: Array) -> SiteLeaves:
 
 
 def ablation_scores(gamma: Array, score: Callable[[Array], Array]) -> Array:
-    """IS of each rank that is on, (sites, width), and +inf elsewhere; two evaluations a rank, one after another."""
+    """IS of each rank that is on, (sites, width), and +inf elsewhere; two evaluations a rank, one after another.
+
+    A score that is not a number is -inf.
+    """
     flat, full = gamma.ravel(), score(gamma)
 
     def of_rank(index: Array) -> Array:
         alone = jnp.zeros_like(flat).at[index].set(1.0)
         others = score((flat * (1 - alone)).reshape(gamma.shape))
-        return full - others + score(alone.reshape(gamma.shape))
+        found = full - others + score(alone.reshape(gamma.shape))
+        return jnp.where(jnp.isnan(found), -jnp.inf, found)
 
     def one(index: Array) -> Array:
         return jax.lax.cond(flat[index] > 0, of_rank, lambda _: jnp.float32(jnp.inf), index)
@@ -52,13 +59,17 @@ def ablation_scores(gamma: Array, score: Callable[[Array], Array]) -> Array:
 
 
 def reallocate(gamma: Array, scores: Array, count: int) -> tuple[Array, Array]:
-    """(pruned, new), both (sites, width) bool: the ``count`` lowest scores, and the ranks given in their place."""
+    """(pruned, new), both (sites, width) bool: the ``count`` lowest scores, and the ranks given in their place.
+
+    One rank of all is left at least. Sites without a rank come last in turn for new ones.
+    """
     on = gamma > 0
     place = jnp.argsort(jnp.argsort(jnp.where(on, scores, jnp.inf).ravel())).reshape(gamma.shape)
-    pruned = on & (place < count)
-    mean = jnp.sum(jnp.where(on, scores, 0.0), 1) / jnp.maximum(jnp.sum(on, 1), 1)
+    pruned = on & (place < jnp.minimum(count, jnp.sum(on) - 1))
+    held = jnp.sum(on, 1)
+    mean = jnp.where(held > 0, jnp.sum(jnp.where(on, scores, 0.0), 1) / jnp.maximum(held, 1), -jnp.inf)
     order = jnp.argsort(jnp.argsort(-mean))  # 0 for the best site
-    room = jnp.where(pruned.any(1), 0, gamma.shape[1] - jnp.sum(on, 1))
+    room = jnp.where(pruned.any(1), 0, gamma.shape[1] - held)
     total = jnp.sum(pruned)
 
     def give(number: Array, given: Array) -> Array:
@@ -99,11 +110,21 @@ class ReallocateRanks(Event):
             new_a, new_b = (along_ranks(leaf, fresh[path]) for leaf in ("a", "b"))
             leaves[path] = own._replace(params={"a": jnp.where(new_a, start, a), "b": jnp.where(new_b, 0.0, b)})
 
-        def moments(path: str, leaf: str, moment: Array) -> Array:
+        def moments(path: str, leaf: str, number: int, moment: Array) -> Array:
             return jnp.where(along_ranks(leaf, fresh[path]), jnp.zeros_like(moment), moment)
 
         report = {"pruned": jnp.sum(pruned), "added": jnp.sum(new), "ranks": jnp.sum(gamma) - pruned.sum() + new.sum()}
+        report["emptied"] = jnp.sum(pruned.any(1) & ~((gamma > 0) & ~pruned).any(1))
         return EventResult(leaves, call.state, moments, report)
+
+    def warning(self, report: Mapping[str, Any]) -> str:
+        """Where sites have lost their last rank."""
+        if not report["emptied"]:
+            return ""
+        return (
+            f"ALoRA has pruned the last rank of {int(report['emptied'])} sites, which train nothing until a round "
+            f"gives them one; lower moved = {self.count}, or raise rank, where that is not wanted"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +170,16 @@ class ALoRA(DiagonalLoRA):
         steps = (self.first_fraction + number * self.round_fraction for number in range(self.rounds))
         rounded = sorted({max(1, round(total_steps * share)) for share in steps})
         return (ReallocateRanks(tuple(step for step in rounded if step < total_steps), self.moved, self.width),)
+
+    def caution(self, sites: tuple[Site, ...]) -> str:
+        """Where one round can prune what all sites have."""
+        ranks = self.rank * sum(site.num_layers for site in sites)
+        if not self.rounds or self.moved < ranks:
+            return ""
+        return (
+            f"ALoRA prunes moved = {self.moved} ranks a round and all its {len(sites)} sites have {ranks} together: "
+            "one rank will be left; choose a smaller moved"
+        )
 
     def num_params(self, site: Site) -> int:
         """rank (in + out) a layer; rounds move ranks and never add any."""

@@ -17,6 +17,7 @@ from jax import Array
 
 from mor_jax.adapters.kernel import Kernel
 from mor_jax.adapters.precision import full_precision
+from mor_jax.adapters.settings import Settings
 
 if TYPE_CHECKING:
     from mor_jax.adapters.rules import Event, UpdateTransform
@@ -107,7 +108,7 @@ class AdapterInputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adapter:
+class Adapter(Settings):
     """A fine-tuning method. A final class defines ``init``, ``delta``, ``num_params`` and ``factors`` or ``merge``."""
 
     name: ClassVar[str] = ""
@@ -124,24 +125,6 @@ class Adapter:
         """Checks the fields that all methods share."""
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"{type(self).__name__}.dropout must be in [0, 1), got {self.dropout}")
-
-    def require_positive(self, *names: str) -> None:
-        """Raises ValueError naming the first of the fields ``names`` that is not positive."""
-        for name in names:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{type(self).__name__}.{name} must be positive, got {getattr(self, name)}")
-
-    def require_not_negative(self, *names: str) -> None:
-        """Raises ValueError naming the first of the fields ``names`` that is negative."""
-        for name in names:
-            if getattr(self, name) < 0:
-                raise ValueError(f"{type(self).__name__}.{name} must not be negative, got {getattr(self, name)}")
-
-    def require_choice(self, name: str, *allowed: str) -> None:
-        """Raises ValueError unless the field ``name`` is one of ``allowed``."""
-        if getattr(self, name) not in allowed:
-            known = ", ".join(allowed)
-            raise ValueError(f"{type(self).__name__}.{name} must be one of {known}, got {getattr(self, name)!r}")
 
     @property
     def gate_block(self) -> str | None:

@@ -2,8 +2,9 @@
 
     y = x W + s (((x A) a) b) B        A: (in, m), B: (n, out) frozen; a: (m, r), b: (r, n) trained; s = alpha / r
 
-Only r (m + n) numbers are trained, whatever the size of the kernel. A a and b B are formed once a step, so that a
-forward pass costs what LoRA's does.
+Only r (m + n) numbers are trained, whatever the size of the kernel: fewer than LoRA's r (in + out) on maps wider than
+m + n, and more on narrower ones, of which a plan warns. A a and b B are formed once a step, so that a forward pass
+costs what LoRA's does.
 
 From the paper: the four factors and which of them are frozen ("up to 20 times fewer" trained parameters than LoRA).
 Ours, since the paper's text leaves them open: A ~ N(0, 1 / in) and B ~ N(0, 1 / n), rebuilt from ``seed``, the site and
@@ -77,6 +78,19 @@ class LoRAMini(LowRank):
     def num_params(self, site: Site) -> int:
         """rank (m + n) a layer."""
         return site.num_layers * self.rank * (self.inner_in + self.inner_out)
+
+    def caution(self, sites: tuple[Site, ...]) -> str:
+        """Where it trains more than the LoRA of its rank, which a map with in + out < m + n makes it do."""
+        larger = [site for site in sites if self.inner_in + self.inner_out > site.in_features + site.out_features]
+        if not larger:
+            return ""
+        own, lora = sum(map(self.num_params, larger)), sum(map(super().num_params, larger))
+        first = larger[0]
+        return (
+            f"LoRA-Mini trains {own:,} parameters where LoRA of rank {self.rank} would train {lora:,}, on "
+            f"{len(larger)} of {len(sites)} sites: {first.path} has {first.in_features} + {first.out_features} inputs "
+            f"and outputs, fewer than inner_in + inner_out = {self.inner_in} + {self.inner_out}; choose smaller ones"
+        )
 
     def factors(self, leaves: Leaves, kernel: Kernel) -> tuple[Array, Array]:
         """(A a, s b B), so that merging is exact."""

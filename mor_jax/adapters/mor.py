@@ -10,7 +10,8 @@ From the paper: dense softmax routing, shared factors, scaling vectors per exper
 and rank 32 did best, past 12 and 64 worse. Ours: the defaults of rank, alpha and dropout, the start (a uniform, b 0,
 lam 1, w_g ~ N(0, 0.02^2)), ``lam_std``, ``top_k``, the scope ``block``, the form of the balance loss, that the router
 reads x before dropout and that weight decay spares lam, whose neutral value is 1. With lam all ones *and* w_g = 0 the
-experts would never separate, hence the random router.
+experts would never separate, hence the random router. A single gate is 1 whatever its router says: one expert has no
+router, and ``top_k`` 1 is refused, as its router would stay where it was drawn.
 """
 
 from __future__ import annotations
@@ -55,6 +56,11 @@ class MoR(LowRank):
         self.require_choice("scope", "site", "block")
         if not 0 <= self.top_k <= self.num_experts:
             raise ValueError(f"MoR.top_k must be between 0 and num_experts = {self.num_experts}, got {self.top_k}")
+        if self.top_k == 1 < self.num_experts:
+            raise ValueError(
+                "MoR.top_k = 1 leaves every token one expert, of gate 1: no gradient would reach the router; "
+                "choose 2 or more, or 0 for all experts"
+            )
         if self.router == "mean" and (self.top_k or self.scope == "block"):
             raise ValueError("MoR.router 'mean' has no gate to place or cut: leave scope 'site' and top_k 0")
         if self.balance_weight < 0 or (self.lam_std or 0) < 0:
@@ -63,7 +69,7 @@ class MoR(LowRank):
     @property
     def gate_block(self) -> str | None:
         """The pattern of the module that decides the gate, None for the site itself."""
-        return self.block if self.scope == "block" else None
+        return self.block if self.scope == "block" and self.routed else None
 
     @property
     def num_gates(self) -> int:
@@ -72,8 +78,8 @@ class MoR(LowRank):
 
     @property
     def routed(self) -> bool:
-        """Only the mean router is independent of the input."""
-        return self.router != "mean"
+        """All gates depend on the input but the mean router's, and that of a single expert."""
+        return self.router != "mean" and self.num_experts > 1
 
     def init(self, key: Array, site: Site, layer: Array, kernel: Kernel) -> Leaves:
         """{"a": (in, r), "b": (r, out), "lam_a": (N, r), "lam_b": (N, out)[, "router": (in, N)]}, float32."""
@@ -115,7 +121,7 @@ class MoR(LowRank):
 
     def gate(self, leaves: Leaves, h: Array, inputs: AdapterInputs) -> Array:
         """(..., N) float32 from x [a | w_g] at a site, or from the block's input (..., in) at a block."""
-        if self.router == "mean":
+        if not self.routed:
             return jnp.full((*h.shape[:-1], self.num_experts), 1 / self.num_experts, jnp.float32)
         if self.scope == "block":
             router = leaves.params["router"].astype(h.dtype)
@@ -126,7 +132,7 @@ class MoR(LowRank):
 
     def balance(self, gates: Array, mask: Array | None) -> Array | None:
         """balance_weight times the Switch loss for the balanced router, else None."""
-        return self.balance_weight * switch_balance(gates, mask) if self.router == "balanced" else None
+        return self.balance_weight * switch_balance(gates, mask) if self.router == "balanced" and self.routed else None
 
     def statistics(self, leaves: Leaves, x: Array, gates: Array | None, inputs: AdapterInputs) -> dict[str, Array]:
         """Sums of load, entropy and count, and per task where tasks are known."""
@@ -160,7 +166,7 @@ class MoR(LowRank):
 
     @full_precision
     def factors(self, leaves: Leaves, kernel: Kernel) -> tuple[Array, Array] | None:
-        """Of the mean router, (a, s (sum_i lam_a[i] x lam_b[i] / N) * b)."""
+        """Of the mean router or one expert, (a, s (sum_i lam_a[i] x lam_b[i] / N) * b)."""
         if self.routed:
             return None
         return self._mixed(leaves, jnp.full((self.num_experts,), 1 / self.num_experts, jnp.float32))

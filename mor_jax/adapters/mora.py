@@ -2,8 +2,7 @@
 
     y = x W + decompress(compress(x) M)        M: (k, k), 0 at the start; k = round(sqrt((in + out) r)); no alpha
 
-With the parameters of a rank-r LoRA the change can have rank k. compress and decompress have no parameters. x is first
-lengthened to a multiple of k by repeating its beginning:
+With the parameters of a rank-r LoRA the change can have rank k. compress and decompress have no parameters:
 
     sharing (1)          input j joins group j mod k, groups are summed; the output is tiled and cut
     contiguous (2)       neighbours form a group; each output entry is repeated for its neighbours
@@ -13,8 +12,14 @@ lengthened to a multiple of k by repeating its beginning:
                          position embeddings, each goes through the same M; the blocks in a row are the output, cut, or
                          tiled where they are too short
 
-The numbers are those of the code. Types 1 to 4 are for large ranks, rotation for small ones, but it reads only as many
-blocks as the output has room for: where in > out most of x is ignored, which is warned of. Hence our default: sharing.
+The numbers are those of the code, and so is what happens where k does not divide f entries. Strides and blocks lengthen
+x to a multiple of k by repeating its beginning. Neighbours lengthen nothing: of k groups the first f mod k have one
+member more than the others, on both sides. Types 1 to 4 are for large ranks, rotation for small ones, but it reads only
+as many blocks as the output has room for: where in > out most of x is ignored, which is warned of. Hence our default:
+sharing.
+
+Ours: k is at most ``out`` (and at most ``in`` where neighbours are grouped). The released code lets it be larger on
+narrow maps, where the rest of M's columns, or rows, meet no entry and are never trained.
 
 ReMoRA (``reset_every`` > 0; the paper's 2,000) folds M into the model every so many steps, zeroes it, and goes on with
 the next of the types 1 to 4. The base stays frozen: a fixed type is linear in M, so folded matrices add up in one
@@ -76,9 +81,29 @@ class MoRA(Adapter):
         return (FoldMatrix(interval=self.reset_every, total_steps=total_steps),) if self.reset_every else ()
 
     def size(self, site: Site) -> int:
-        """k: rows and columns of M, even for rotation."""
-        size = int(math.sqrt((site.in_features + site.out_features) * self.rank) + 0.5)
-        return max(size // 2 * 2, 2) if self.group_type == "rotation" else size
+        """k: rows and columns of M, each of which is read; for rotation even, or 1 for a single output."""
+        return self._square(site, self._room(site))
+
+    def _room(self, site: Site) -> int:
+        """The largest k of which no row and no column is left without an entry."""
+        strided = not self.reset_every and self.group_type in ("sharing", "sharing_repeated", "rotation")
+        return site.out_features if strided else min(site.in_features, site.out_features)
+
+    def _square(self, site: Site, room: int) -> int:
+        size = min(int(math.sqrt((site.in_features + site.out_features) * self.rank) + 0.5), room)
+        return max(size // 2 * 2, min(room, 2)) if self.group_type == "rotation" else size
+
+    def read_differently(self, version: int, site: Site) -> str:
+        """Up to version 1 neighbours lengthened x, and k could exceed what is read."""
+        if version > 1:
+            return ""
+        k, (into, out_of) = self.size(site), (site.in_features, site.out_features)
+        if self._square(site, 2**31) != k:
+            return f"MoRA's M had more rows or columns than the map reads, and is {k} x {k} now"
+        neighbours, repeated = self._ways()
+        if any(neighbours) and into % k or any(repeated) and out_of % k:
+            return f"MoRA grouped the neighbours among {into} inputs and {out_of} outputs otherwise for k = {k}"
+        return ""
 
     def init(self, key: Array, site: Site, layer: Array, kernel: Kernel) -> Leaves:
         """{"m": (k, k)}, 0, and for ReMoRA its accumulators."""
@@ -112,9 +137,8 @@ class MoRA(Adapter):
     ) -> Array:
         """decompress(compress(x) M) for x: (..., in), as (..., out)."""
         k, out_features = leaves.params["m"].shape[0], kernel.shape[1]
-        x = _wrap(x, -(-x.shape[-1] // k) * k)
         if self.group_type == "rotation":
-            return self._rotated(leaves, x.astype(base_output.dtype), out_features)
+            return self._rotated(leaves, _wrap(x, -(-x.shape[-1] // k) * k).astype(base_output.dtype), out_features)
         grouped = [_compress(x, k, neighbours) for neighbours in self._ways()[0]]
         return self._grouped(leaves, jnp.stack(grouped, axis=-2).astype(base_output.dtype), out_features)
 
@@ -137,12 +161,11 @@ class MoRA(Adapter):
     def merge(self, leaves: Leaves, kernel: Kernel, gates: Array | None = None) -> Array:
         """W + decompress(compress(I) M), exactly; for ReMoRA the accumulators' changes with it."""
         (in_features, out_features), k = kernel.shape, leaves.params["m"].shape[0]
-        entries = jnp.arange(-(-in_features // k) * k)  # of the lengthened x
         if self.group_type == "rotation":
-            change = self._rotated(leaves, jnp.eye(in_features)[:, entries % in_features], out_features)
+            entries = jnp.arange(-(-in_features // k) * k) % in_features  # of the lengthened x
+            change = self._rotated(leaves, jnp.eye(in_features)[:, entries], out_features)
         else:
-            groups = [entries * k // len(entries) if neighbours else entries % k for neighbours in self._ways()[0]]
-            members = [jnp.zeros((in_features, k)).at[entries % in_features, group].add(1.0) for group in groups]
+            members = [_members(in_features, k, neighbours) for neighbours in self._ways()[0]]
             change = self._grouped(leaves, jnp.stack(members, axis=-2), out_features)
         return kernel.replace(kernel.dense() + change)
 
@@ -156,20 +179,50 @@ def _wrap(x: Array, length: int) -> Array:
     return x[..., :length] if length <= x.shape[-1] else x[..., jnp.arange(length) % x.shape[-1]]
 
 
+def _groups(length: int, k: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """((groups, members of each), the same of the groups after them): ``length`` neighbours in k groups."""
+    members, larger = divmod(length, k)
+    return (larger, members + 1), (k - larger, members)
+
+
 def _compress(x: Array, k: int, neighbours: bool) -> Array:
-    """Sums of groups, (..., k): of neighbours, or of every k-th entry; summed in float32."""
-    shape, axis = ((k, -1), -1) if neighbours else ((-1, k), -2)
-    return jnp.sum(x.reshape(*x.shape[:-1], *shape), axis=axis, dtype=jnp.float32)
+    """Sums of groups of x: (..., n), as (..., k): of neighbours, or of every k-th entry; summed in float32."""
+    if not neighbours:
+        x = _wrap(x, -(-x.shape[-1] // k) * k)
+        return jnp.sum(x.reshape(*x.shape[:-1], -1, k), axis=-2, dtype=jnp.float32)
+    parts, start = [], 0
+    for count, members in _groups(x.shape[-1], k):
+        part = x[..., start : start + count * members].reshape(*x.shape[:-1], count, members)
+        parts.append(jnp.sum(part, axis=-1, dtype=jnp.float32))
+        start += count * members
+    return jnp.concatenate(parts, axis=-1)
+
+
+def _members(length: int, k: int, neighbours: bool) -> Array:
+    """(length, k): how often each entry of x is in each group; ``_compress`` of the identity, never written out."""
+    if neighbours:
+        entries = jnp.arange(length)
+        groups = _decompress(jnp.arange(k), length, repeat=True)
+    else:
+        entries = jnp.arange(-(-length // k) * k)
+        groups = entries % k
+    return jnp.zeros((length, k)).at[entries % length, groups].add(1.0)
 
 
 def _decompress(y: Array, length: int, repeat: bool) -> Array:
-    """Y: (..., k) to (..., length): each entry repeated for its neighbours, or the whole tiled; cut."""
-    return jnp.repeat(y, -(-length // y.shape[-1]), axis=-1)[..., :length] if repeat else _wrap(y, length)
+    """Y: (..., k) to (..., length): each entry repeated for its neighbours, or the whole tiled and cut."""
+    if not repeat:
+        return _wrap(y, length)
+    (larger, members), (_, fewer) = _groups(length, y.shape[-1])
+    parts = jnp.repeat(y[..., :larger], members, axis=-1), jnp.repeat(y[..., larger:], fewer, axis=-1)
+    return jnp.concatenate(parts, axis=-1)
 
 
 def _rotate(blocks: Array) -> Array:
     """Block i of (..., blocks, k) turned by the angles i 10000^(-2 j / k), entry j paired with entry j + k / 2."""
     count, k = blocks.shape[-2:]
+    if k == 1:
+        return blocks  # no pair to turn
     angles = jnp.arange(count)[:, None] * 10000.0 ** (-2 * jnp.arange(k // 2) / k)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = blocks[..., : k // 2].astype(jnp.float32), blocks[..., k // 2 :].astype(jnp.float32)

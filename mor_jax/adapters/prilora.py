@@ -24,7 +24,7 @@ from jax import Array
 from mor_jax.adapters.base import AdapterInputs, Kernel, Leaves, Site
 from mor_jax.adapters.diagonal import DiagonalLoRA
 from mor_jax.adapters.low_rank import start_factors
-from mor_jax.adapters.rules import Event, EventCall, EventResult, SiteArrays, SiteLeaves
+from mor_jax.adapters.rules import Event, EventCall, EventResult, SiteArrays, SiteLeaves, SiteMoments
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class PruneFactors(Event):
         """Every ``interval`` steps."""
         return step % self.interval == 0
 
-    def init(self, leaves: SiteLeaves) -> SiteArrays:
+    def init(self, leaves: SiteLeaves, moments: SiteMoments | None = None) -> SiteArrays:
         """{path: {"feature_norm": (layers, in)}}, zeros: a common factor of the running means changes no order."""
         return {path: {"feature_norm": jnp.zeros(own.params["a"].shape[:2])} for path, own in leaves.items()}
 

@@ -39,7 +39,7 @@ class FoldMatrix(Event):
             group = following[0, 0]
             leaves[path] = own._replace(params={**own.params, "m": jnp.zeros_like(m)}, state={**own.state, **state})
 
-        def moments(path: str, leaf: str, moment: Array) -> Array:
+        def moments(path: str, leaf: str, number: int, moment: Array) -> Array:
             return jnp.zeros_like(moment) if leaf == "m" else moment
 
         return EventResult(leaves, call.state, moments, {"group_type": group})

@@ -20,6 +20,7 @@ from mor_jax.adapters.base import Leaves
 
 SiteLeaves = dict[str, Leaves]  # by site path; every array has exactly one leading layer axis
 SiteArrays = dict[str, dict[str, Array]]  # {site path: {name: (layers, ...)}}
+SiteMoments = dict[str, dict[str, tuple[Array, ...]]]  # {site path: {leaf: one (layers, ...) for each kind of moment}}
 
 
 def stack_sites(arrays: Mapping[str, Array]) -> Array:
@@ -68,6 +69,7 @@ class EventCall(NamedTuple):
         key: A PRNG key of this step and rule.
         step: int32 scalar, optimiser steps done.
         score: Leaves of the method's sites -> scalar, higher is better, on a development batch.
+        moments: The optimiser's, of an event that ``remembers_moments``.
     """
 
     leaves: SiteLeaves
@@ -76,6 +78,7 @@ class EventCall(NamedTuple):
     key: Array
     step: Array
     score: Callable[[SiteLeaves], Array]
+    moments: SiteMoments = {}
 
 
 class EventResult(NamedTuple):
@@ -84,13 +87,14 @@ class EventResult(NamedTuple):
     Attributes:
         leaves: With every changed value written exactly.
         state: The rule's own.
-        moments: (path, leaf, moment (layers, ...)) -> moment: how the optimiser's moments follow; None keeps them.
+        moments: (path, leaf, number, moment (layers, ...)) -> moment: how the optimiser's moments follow, of which a
+            leaf has those of ``number`` 0, 1, … (Adam's two, none for SGD); None keeps them.
         report: Small arrays for the log.
     """
 
     leaves: SiteLeaves
     state: Any
-    moments: Callable[[str, str, Array], Array] | None = None
+    moments: Callable[[str, str, int, Array], Array] | None = None
     report: dict[str, Array] = {}
 
 
@@ -101,17 +105,19 @@ class Event:
     Attributes:
         name: In the log, and in the rule's PRNG key.
         scores: Whether it calls ``score``: then the development batch decides what is trained.
+        remembers_moments: Whether ``init`` and ``apply`` are given the optimiser's moments, to keep some of them.
     """
 
     name: ClassVar[str] = ""
     scores: ClassVar[bool] = False
+    remembers_moments: ClassVar[bool] = False
 
     def due(self, step: int) -> bool:
         """Whether the event happens after optimiser step ``step``, counted from 1."""
         raise TypeError(f"{type(self).__name__} must define due")
 
-    def init(self, leaves: SiteLeaves) -> SiteArrays:
-        """The rule's state before the first step."""
+    def init(self, leaves: SiteLeaves, moments: SiteMoments | None = None) -> Any:
+        """The rule's state before the first step, {site path: arrays}; ``moments``: if it ``remembers_moments``."""
         return {}
 
     def observe(self, state: SiteArrays, statistics: SiteArrays) -> SiteArrays:
@@ -121,3 +127,7 @@ class Event:
     def apply(self, call: EventCall) -> EventResult:
         """The event itself: no Python branches on arrays, shapes unchanged."""
         raise TypeError(f"{type(self).__name__} must define apply")
+
+    def warning(self, report: Mapping[str, Any]) -> str:
+        """A sentence of warning about what ``apply`` reported, by then on the host; "" where all is well."""
+        return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -20,6 +21,7 @@ from mor_jax.injection.linear import DEFAULT_KINDS, LinearKind, find_kind
 from mor_jax.injection.targets import InjectionError, assign_adapters, nearest_names
 from mor_jax.injection.trained import get_path, trained_ndims, trained_shapes
 
+_LOGGER = logging.getLogger(__name__)
 MARK = "layer_axes"
 _MARK_SHAPE = (1_000_003, 1_000_033, 1_000_037, 1_000_039, 1_000_081, 1_000_099)  # primes that no layer count equals
 
@@ -336,6 +338,8 @@ def resolve_sites(
 ) -> AdapterPlan:
     """The plan for ``model``, found by tracing ``model.init(key, *args, **kwargs)`` abstractly: nothing is computed.
 
+    What a method has to warn of at these sites (``Adapter.caution``) is logged, once a plan.
+
     Args:
         model: Any linen module.
         adapter: The method for all targets.
@@ -360,4 +364,13 @@ def resolve_sites(
     trained = trained_shapes(tuple(trained_modules), base, list(chosen))
     names = tuple(path for path, _ in trained)
     sites = tuple(_name_groups(sites))
+    _warn(sites)
     return AdapterPlan(sites, names, fuse, kinds, trained, trained_ndims(names, base, found.ndims))
+
+
+def _warn(sites: tuple[AdaptedSite, ...]) -> None:
+    """Logs what the methods have to say of their sites, one sentence for each setting."""
+    for method in dict.fromkeys(adapted.adapter for adapted in sites):
+        message = method.caution(tuple(adapted.site for adapted in sites if adapted.adapter == method))
+        if message:
+            _LOGGER.warning("%s", message)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ import optax
 from jax import Array
 
 from mor_jax.adapters import Leaves
-from mor_jax.adapters.rules import Event, EventCall, SiteArrays, SiteLeaves
+from mor_jax.adapters.rules import Event, EventCall, SiteArrays, SiteLeaves, SiteMoments
 from mor_jax.optim.update_rules import leaf_place
 
 Score = Callable[[Leaves], Array]  # a whole model's leaves -> scalar, higher is better
@@ -56,9 +57,13 @@ class EventRule:
         """Whether it happens after optimiser step ``step``, counted from 1."""
         return self.event.due(step)
 
-    def init(self, leaves: Leaves) -> SiteArrays:
-        """The rule's state before the first step, arrays of its own: nothing is shared with the leaves."""
-        return jax.tree.map(lambda value: value.copy(), self.event.init(self._sites_of(leaves)))
+    def init(self, leaves: Leaves, opt_state: Any = None, optimizer: optax.GradientTransformation | None = None) -> Any:
+        """The rule's state before the first step, arrays of its own: nothing is shared with the leaves.
+
+        Without the optimiser and its state an event that keeps moments keeps none.
+        """
+        moments = {} if optimizer is None else self._moments_of(opt_state, leaves.params, optimizer)
+        return jax.tree.map(lambda value: value.copy(), self.event.init(self._sites_of(leaves), moments))
 
     def observe(self, rule_state: SiteArrays, statistics: Mapping[str, Any]) -> SiteArrays:
         """The rule's state after one more optimiser step; ``statistics``: {path: {name: (layers..., ...)}}."""
@@ -97,10 +102,11 @@ class EventRule:
             key=jax.random.fold_in(jax.random.fold_in(key, step), zlib.crc32(self.name.encode())),
             step=step,
             score=lambda changed: score(self._written(leaves, changed)),
+            moments=self._moments_of(opt_state, leaves.params, optimizer),
         )
         result = self.event.apply(call)
         if result.moments is not None:
-            opt_state = self._move(opt_state, leaves.params, result.moments, optimizer)
+            opt_state = self._mapped(opt_state, leaves.params, optimizer, result.moments)
         return self._written(leaves, result.leaves), opt_state, result.state, result.report
 
     def _flat(self, value: Array, layers: tuple[int, ...]) -> Array:
@@ -126,15 +132,37 @@ class EventRule:
                     tree[path] = {n: v.reshape(*layers, *v.shape[1:]) for n, v in own.items()}
         return Leaves(*trees)
 
-    def _move(self, opt_state: Any, params: Any, moments: Any, optimizer: optax.GradientTransformation) -> Any:
+    def _moments_of(self, opt_state: Any, params: Any, optimizer: optax.GradientTransformation) -> SiteMoments:
+        """The moments of an event that wants them, empty for others."""
+        found: SiteMoments = {}
+        if self.event.remembers_moments:
+
+            def collect(path: str, leaf: str, number: int, moment: Array) -> Array:
+                own = found.setdefault(path, {})
+                own[leaf] = (*own.get(leaf, ()), moment)
+                return moment
+
+            self._mapped(opt_state, params, optimizer, collect)
+        return found
+
+    def _mapped(
+        self,
+        opt_state: Any,
+        params: Any,
+        optimizer: optax.GradientTransformation,
+        function: Callable[[str, str, int, Array], Array],
+    ) -> Any:
+        """``opt_state`` with ``function`` of (path, leaf, number, moment (layers, ...)) in place of each moment."""
         layers_of = dict(self.sites)
         places = jax.tree.map_with_path(lambda path, value: _Place(*leaf_place(path), value.shape), params)
+        met: Counter[_Place] = Counter()
 
-        def move(moment: Any, place: _Place) -> Any:
+        def one(moment: Any, place: _Place) -> Any:
             if place.site not in layers_of or getattr(moment, "shape", None) != place.shape:
                 return moment
-            own = moments(place.site, place.leaf, self._flat(moment, layers_of[place.site]))
+            number, met[place] = met[place], met[place] + 1
+            own = function(place.site, place.leaf, number, self._flat(moment, layers_of[place.site]))
             return own.reshape(moment.shape).astype(moment.dtype)
 
         is_masked = lambda value: isinstance(value, optax.MaskedNode)  # noqa: E731 - names an argument
-        return optax.tree.map_params(optimizer, move, opt_state, places, is_leaf=is_masked)
+        return optax.tree.map_params(optimizer, one, opt_state, places, is_leaf=is_masked)

@@ -2,7 +2,7 @@
 
 rules = plan_rules(plan, total_steps)
 optimizer = rules.wrap(optimizer)            # update rules and learning rates
-rule_state = rules.init(leaves)
+rule_state = rules.init(leaves, optimizer.init(leaves.params), optimizer)
 rule_state = rules.observe(rule_state, statistics)   # inside every step
 for rule in rules.due(step): rule.apply(...)         # after the updates of that step
 """
@@ -50,9 +50,17 @@ class Rules:
             optimizer = rule.wrap(optimizer)
         return optax.with_extra_args_support(optimizer)
 
-    def init(self, leaves: Leaves) -> dict[str, Any]:
-        """{index and name of an event rule: its state}; empty for rules without state."""
-        states = {self.name_of(number): rule.init(leaves) for number, rule in enumerate(self.events)}
+    def init(
+        self, leaves: Leaves, opt_state: Any = None, optimizer: optax.GradientTransformation | None = None
+    ) -> dict[str, Any]:
+        """{index and name of an event rule: its state}; empty for rules without state.
+
+        Args:
+            leaves: Of the whole model.
+            opt_state: Of ``optimizer``, before the first step, for rules that keep moments.
+            optimizer: The wrapped one.
+        """
+        states = {self.name_of(n): rule.init(leaves, opt_state, optimizer) for n, rule in enumerate(self.events)}
         return {name: state for name, state in states.items() if state}
 
     def observe(self, rule_state: Mapping[str, Any], statistics: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from mor_jax.training.integrity import check_manifest, write_manifest
 
 WEIGHTS = "adapter.safetensors"
 DESCRIPTION = "adapter.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: what `Adapter.read_differently` tells of; everything else is read as it was
 _STATE = "state:"
 
 
@@ -109,8 +109,8 @@ def load_adapter(
 
     Raises:
       IntegrityError: a file fails its check.
-      AdapterFileError: the format is newer, the base is another, names or shapes do not fit, or other constants come
-        out than those it was trained with.
+      AdapterFileError: the format is newer, or older and its numbers meant something else; the base is another, names
+        or shapes do not fit, or other constants come out than those it was trained with.
       InjectionError: the model lacks one of the sites, or `kinds` does not name its class.
     """
     from safetensors.numpy import load_file
@@ -118,6 +118,7 @@ def load_adapter(
     directory = Path(directory)
     metadata = read_description(directory)
     plan = resolve_plan(metadata, model, *example, kinds=kinds, **kwargs)
+    check_meaning(directory / DESCRIPTION, plan, metadata["version"])
     stored = metadata.get("base_fingerprint")
     if check_base and stored is not None and stored != fingerprint(params):
         raise AdapterFileError(
@@ -134,6 +135,26 @@ def load_adapter(
     treedef = jax.tree.structure((expected.params, expected.state))
     trees = jax.tree.unflatten(treedef, [tensors[name] for name, _ in _named(expected)])
     return plan, Leaves(trees[0], trees[1], constants), metadata
+
+
+def check_meaning(where: str | Path, plan: AdapterPlan, version: int) -> None:
+    """Returns when leaves that were written under format `version` still mean what they were trained to mean.
+
+    Args:
+      where: the file, for the message.
+      plan: whose methods know what they changed.
+      version: of the adapter file, or that a checkpoint was written with.
+
+    Raises:
+      AdapterFileError: a method reads them otherwise now.
+    """
+    reasons = {s.site.path: s.adapter.read_differently(version, s.site) for s in plan.sites}
+    path = next((path for path, reason in reasons.items() if reason), None)
+    if path is not None:
+        raise AdapterFileError(
+            f"{where}: version={version} and this package writes {FORMAT_VERSION}: in {path} {reasons[path]} "
+            f"({sum(map(bool, reasons.values()))} such sites): train it anew, or go on with the mor_jax that saved it"
+        )
 
 
 def constants_sha256(constants: Any) -> str:
@@ -170,9 +191,10 @@ def read_description(directory: str | Path) -> dict[str, Any]:
     check_manifest(directory)
     metadata = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
     version = metadata.get("version")
-    if version != FORMAT_VERSION:
+    if version not in range(1, FORMAT_VERSION + 1):
         raise AdapterFileError(
-            f"{directory / DESCRIPTION}: version={version!r} and this package reads {FORMAT_VERSION}: upgrade mor_jax"
+            f"{directory / DESCRIPTION}: version={version!r} and this package reads 1 to {FORMAT_VERSION}: "
+            "upgrade mor_jax"
         )
     return metadata
 

@@ -128,6 +128,7 @@ class Checkpoints:
 
         Raises:
           IntegrityError: checkpoints were committed and none is good any more.
+          CheckpointError: its arrays are not those of `items`: other settings, or another version, wrote it.
         """
         import orbax.checkpoint as ocp
 
@@ -137,7 +138,14 @@ class Checkpoints:
         filled = {name: _abstract(item) for name, item in items.items() if jax.tree.leaves(item)}
         parts = {name: ocp.args.StandardRestore(item) for name, item in filled.items()}
         wanted = ocp.args.Composite(**parts, metadata=ocp.args.JsonRestore())
-        found = self._checkpointer().restore(self.directory / str(step), wanted)
+        try:
+            found = self._checkpointer().restore(self.directory / str(step), wanted)
+        except ValueError as error:  # orbax's own lists every array
+            place = " ".join(str(error).split(" - Source")[0].split())[:300]
+            raise CheckpointError(
+                f"{self.directory / str(step)} does not hold the arrays of this run ({place}): resume with the "
+                "settings and the mor_jax that wrote it, or start anew in another output_dir"
+            ) from error
         restored = {name: found[name] if name in filled else item for name, item in items.items()}
         return step, restored, dict(found[_METADATA])
 

@@ -160,7 +160,7 @@ class TrainConfig:
         """
         named = {name: getattr(self, name) for name in ("rank", "alpha", "num_experts", "top_k", "dropout")}
         options = {name: value for name, value in named.items() if value is not None}
-        return _make_adapter("method", self.method, options | dict(self.options))
+        return _make_adapter("method", self.method, options | dict(self.options), self.learning_rate)
 
     def override_adapters(self) -> tuple[tuple[str, Any], ...]:
         """(pattern, Adapter) pairs of `overrides`: what a pattern does not name is as in the main method.
@@ -177,7 +177,7 @@ class TrainConfig:
                 kept = {f.name: getattr(base, f.name) for f in dataclasses.fields(base) if f.init}
             else:
                 kept = {} if self.rank is None else {"rank": self.rank}
-            pairs.append((pattern, _make_adapter(f"overrides[{pattern!r}]", name, kept | changed)))
+            pairs.append((pattern, _make_adapter(f"overrides[{pattern!r}]", name, kept | changed, self.learning_rate)))
         return tuple(pairs)
 
     @property
@@ -213,11 +213,11 @@ def _is_int(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _make_adapter(where: str, name: str, options: Mapping[str, Any]) -> Any:
-    from mor_jax.adapters.registry import make_adapter
+def _make_adapter(where: str, name: str, options: Mapping[str, Any], learning_rate: float) -> Any:
+    from mor_jax.adapters.registry import get_method, make_adapter
 
     try:
-        return make_adapter(name, **options)
+        return make_adapter(name, **{**get_method(name).defaults_at(learning_rate), **options})
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{where}={name!r}: {error}") from error
 

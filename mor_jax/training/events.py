@@ -6,6 +6,7 @@ the batch of the step where nothing is held out.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,13 @@ import optax
 
 from mor_jax.adapters import AdapterInputs, Leaves
 from mor_jax.optim import EventRule, Rules
+from mor_jax.processes import is_first
 from mor_jax.training.accumulation import batch_inputs
 from mor_jax.training.backend import compiler_options
 from mor_jax.training.sharding import on_mesh
 from mor_jax.training.step import Loss, StateShardings, TrainState
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,15 @@ class Events:
 
     def _scored(self, batch: Any) -> Any:
         return batch if self.batch is None else self.batch
+
+
+def warn_of(rules: Rules, step: int, reports: Mapping[str, Mapping[str, Any]]) -> None:
+    """Logs, on the first process, what the events have to warn of in their reports of a step, fetched by now."""
+    by_name = {rule.name: rule.event for rule in rules.events}
+    for name, report in reports.items():
+        message = by_name[name].warning(report)
+        if message and is_first():
+            _LOGGER.warning("step %d: %s", step, message)
 
 
 def make_events(

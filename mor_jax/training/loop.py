@@ -29,7 +29,7 @@ from mor_jax.adapters import Leaves
 from mor_jax.data import DataError
 from mor_jax.optim import Rules, plan_rules
 from mor_jax.processes import barrier, is_alone, is_first
-from mor_jax.training.adapter_file import save_adapter
+from mor_jax.training.adapter_file import FORMAT_VERSION, check_meaning, save_adapter
 from mor_jax.training.build import Run, build_run, target_rows
 from mor_jax.training.checkpoint import Checkpoints, fingerprint
 from mor_jax.training.config import ConfigError, TrainConfig, config_to_mapping
@@ -40,7 +40,7 @@ from mor_jax.training.distributed import (
     is_lost_peer,
 )
 from mor_jax.training.evaluation import Evaluation, make_evaluation
-from mor_jax.training.events import Events, make_events
+from mor_jax.training.events import Events, make_events, warn_of
 from mor_jax.training.mesh import put_batch
 from mor_jax.training.metrics import (
     Output,
@@ -127,6 +127,7 @@ class _Loop:
     run: Run
     stop: StopRequest
     step: Step
+    rules: Rules
     events: Events
     state: TrainState
     constants: Any
@@ -235,6 +236,7 @@ class _Loop:
             raise NonFiniteError(step, self.step.names[bad])
         if self.pulse is not None:
             self.agreed, tokens = int(metrics["pulse"]["signal"]), metrics["pulse"].get("real_tokens")
+        warn_of(self.rules, step, metrics.get("events", {}))
         self.losses.append(float(metrics["loss"]))
         self.rate = self.throughput.add(float(metrics["tokens"] if tokens is None else tokens))
         self.step_seconds = self.throughput.step_seconds()
@@ -295,6 +297,7 @@ def _set_up(run: Run, start: Start, stop: StopRequest, custom_optimizer: bool) -
         run=run,
         stop=stop,
         step=step,
+        rules=rules,
         events=events,
         state=state,
         constants=constants,
@@ -318,6 +321,7 @@ def _metadata(run: Run, custom_optimizer: bool, score_batch: Any) -> dict[str, A
     return {
         "config": config_to_mapping(located(run.config)),
         "base_fingerprint": fingerprint(run.params),
+        "adapter_version": FORMAT_VERSION,
         "custom_optimizer": custom_optimizer,
         "score_batch": None if score_batch is None else fingerprint(score_batch),
     } | describe_base(run.adapted.base)
@@ -340,6 +344,7 @@ def _restore(
         check_base_config(where, saved, getattr(run.adapted.base, "config", None))
         check_same_base(run.config, saved, metadata["base_fingerprint"])
         check_same_score_batch(run.config, saved, metadata["score_batch"])
+        check_meaning(start.checkpoints.directory / str(step), run.plan, saved.get("adapter_version", 1))
         _check_place(run, saved["iterator"])
     found = start.checkpoints.restore(_items(state), step)
     if found is None:

@@ -213,8 +213,9 @@ def _start(plan: AdapterPlan, optimizer: optax.GradientTransformation, rules: Ru
         leaves = init_leaves(jax.random.fold_in(key, 0), plan, params)
         root = jax.random.key_data(jax.random.fold_in(key, 1))
         opt_state = optimizer.init(leaves.params)
+        rule_state = rules.init(leaves, opt_state, optimizer)
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, leaves.params, leaves.state, opt_state, rules.init(leaves), root), leaves.constants
+        return TrainState(zero, leaves.params, leaves.state, opt_state, rule_state, root), leaves.constants
 
     return make
 
@@ -246,9 +247,9 @@ def state_shardings(
     spec = leaf_specs(plan, specs, mesh)
 
     def remembered(path, leaf):
-        site, name = (getattr(part, "key", None) for part in path[-2:])
-        trained = state.adapters.get(site, {}).get(name)
-        return spec(path[-2:], leaf) if trained is not None and trained.shape == leaf.shape else PartitionSpec()
+        _, site, *_, name = path  # rule, site, whatever of it is remembered, leaf
+        trained = state.adapters.get(site.key, {}).get(name.key)
+        return spec((site, name), leaf) if trained is not None and trained.shape == leaf.shape else PartitionSpec()
 
     own = jax.tree.map_with_path(spec, state.adapters)
     rule_state = jax.tree.map_with_path(remembered, state.rule_state)

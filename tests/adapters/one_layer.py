@@ -22,10 +22,13 @@ def oracle(name):
 
 
 def small(name, options, **more):
-    """A method at test size: num_experts 4 and rank 3 where it has them."""
+    """A method at test size: num_experts 4 and rank 3 where it has them, or the smallest rank of its oracle file."""
     names = {f.name for f in dataclasses.fields(type(make_adapter(name)))}
     sizes = {key: value for key, value in {"num_experts": 4, "rank": 3}.items() if key in names}
-    return make_adapter(name, **{**sizes, **options, **more})
+    chosen = {**sizes, **options, **more}
+    if "rank" in chosen:
+        chosen["rank"] = max(chosen["rank"], getattr(oracle(name), "SMALLEST_RANK", 1))
+    return make_adapter(name, **chosen)
 
 
 def fitting(name, *sizes):

@@ -6,7 +6,7 @@ import numpy as np
 import one_layer
 import pytest
 
-from mor_jax.adapters import Leaves, make_adapter
+from mor_jax.adapters import Leaves, Site, make_adapter
 from mor_jax.adapters.alora import ReallocateRanks, ablation_scores, reallocate
 from mor_jax.adapters.rules import EventCall
 
@@ -44,11 +44,15 @@ def _score(weights):
     return lambda gamma: jnp.sin(jnp.sum(jnp.asarray(gamma) * weights)) - 0.1 * jnp.sum(jnp.asarray(gamma) @ weights.T)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_scores_and_a_round_equal_the_loop(seed):
-    sites, width, count = 4, 5, 3
+@pytest.mark.parametrize(
+    ("seed", "count", "empty"), [(0, 3, ()), (1, 3, ()), (2, 3, (1,)), (3, 5, (0, 3)), (4, 99, ())]
+)
+def test_scores_and_a_round_equal_the_loop(seed, count, empty):
+    """Also with sites that have lost all their ranks, and with a count that is larger than what there is."""
+    sites, width = 4, 5
     keys = jax.random.split(jax.random.key(seed), 2)
     gamma = (jax.random.uniform(keys[0], (sites, width)) < 0.6).at[:, 0].set(True).astype(jnp.float32)
+    gamma = gamma.at[jnp.array(empty, jnp.int32)].set(0.0)
     score = _score(jax.random.normal(keys[1], (sites, width)))
     found = ablation_scores(gamma, score)
     rows = [[float(v) for v in row] for row in gamma]
@@ -82,6 +86,55 @@ def test_where_every_site_lost_one_the_budget_shrinks():
     pruned, new = _round([1, 2, 1], [0.0, 1.0, 2.0], 4)
     assert pruned.sum() == 4
     assert not new.any()
+
+
+def test_an_emptied_site_is_the_last_to_be_given_ranks():
+    """Its mean score is -inf, where a mean of nothing would be 0: above those of the sites that hurt."""
+    gamma = jnp.zeros((4, 6)).at[:3, :2].set(1.0)
+    scores = jnp.where(gamma > 0, jnp.array([-9.0, -2.0, -1.0, 0.0])[:, None], jnp.inf)
+    pruned, new = reallocate(gamma, scores, 2)
+    assert np.asarray(pruned).sum(1).tolist() == [2, 0, 0, 0]
+    assert np.asarray(new).sum(1).tolist() == [0, 1, 1, 0]
+    for count, given in ((1, [0, 0, 1, 0]), (2, [0, 1, 1, 0])):
+        assert np.asarray(reallocate(gamma, scores, count)[1]).sum(1).tolist() == given
+
+
+@pytest.mark.parametrize("count", [5, 6, 100])
+def test_the_best_rank_of_the_model_is_never_pruned(count):
+    gamma, scores = jnp.ones((2, 3)), jnp.arange(6.0).reshape(2, 3)
+    pruned, new = reallocate(gamma, scores, count)
+    assert np.asarray(pruned).tolist() == [[True, True, True], [True, True, False]]
+    assert not new.any()  # every site lost one
+    again, _ = reallocate(jnp.zeros((2, 3)).at[1, 2].set(1.0), scores, count)
+    assert not again.any()
+
+
+def test_a_score_that_is_not_a_number_prunes_its_rank_first():
+    scores = ablation_scores(jnp.ones((2, 2)), lambda trial: jnp.where(trial[0, 1] == 0, jnp.nan, trial.sum()))
+    assert scores.tolist() == [[-jnp.inf, -jnp.inf], [-jnp.inf, -jnp.inf]]  # each is tried alone, without it
+    only_without = lambda trial: jnp.where((trial[0, 1] == 0) & (trial.sum() == 3), jnp.nan, trial.sum())  # noqa: E731
+    scores = ablation_scores(jnp.ones((2, 2)), only_without)
+    assert scores.tolist() == [[2, -jnp.inf], [2, 2]]
+    assert np.argwhere(reallocate(jnp.ones((2, 2)), scores, 1)[0]).tolist() == [[0, 1]]
+
+
+def test_what_an_emptied_site_and_too_many_moves_warn_of():
+    a, gamma = jnp.ones((3, 7, 4)), jnp.zeros((3, 4)).at[:, :2].set(1.0)
+    leaves = {"proj": Leaves({"a": a, "b": jnp.ones((3, 4, 5))}, {"gamma": gamma})}
+    weight = jnp.arange(12.0).reshape(3, 4)  # the two ranks of the first site are the worst
+    event = ReallocateRanks((5,), 2, 4)
+    score = lambda leaves: jnp.sum(weight * leaves["proj"].state["gamma"])  # noqa: E731 - a stand-in
+    result = event.apply(EventCall(leaves, {}, {}, KEY, jnp.int32(5), score))
+    assert result.report["emptied"] == 1
+    assert "the last rank of 1 sites" in event.warning(result.report)
+    assert event.warning({**result.report, "emptied": 0}) == ""
+    again = event.apply(EventCall(result.leaves, {}, {}, KEY, jnp.int32(6), score))
+    assert again.report["emptied"] == 0  # only those of a round itself
+    sites = (Site("q", 7, 5, 2), Site("v", 7, 5, 2))
+    caution = make_adapter("alora", rank=1).caution(sites)
+    assert "moved = 7 ranks a round and all its 2 sites have 4 together" in caution
+    assert make_adapter("alora", rank=2).caution(sites) == ""
+    assert make_adapter("alora", rank=1, rounds=0).caution(sites) == ""
 
 
 def test_full_sites_take_no_more():

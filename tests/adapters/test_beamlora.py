@@ -1,5 +1,7 @@
 """The card of BeamLoRA: weights that sum to the rank, pruning past a share, and strong ranks that are copied."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from mor_jax.adapters import Leaves, make_adapter
 from mor_jax.adapters.beamlora import ExpandStrong, pair_ranks, pruned_counts
 from mor_jax.adapters.rules import EventCall
+from mor_jax.training.config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -70,6 +73,14 @@ def test_pruned_counts_equal_the_loop(share):
     assert not pruned_counts(weights, jnp.float32(1.0)).any()
 
 
+def test_the_rank_that_crosses_the_share_goes_too():
+    """Of p = 1.6, 1.2, 0.8, 0.4 the third brings the sum from 2.8 past 3.0: it goes, as in the released code."""
+    weights = jnp.array([[0.4, 1.6, 0.8, 1.2]])
+    assert pruned_counts(weights, jnp.float32(0.75)).tolist() == [2]
+    assert pruned_counts(weights, jnp.float32(0.95)).tolist() == [1]  # 3.8, crossed by the last
+    assert pruned_counts(jnp.ones((2, 4)), jnp.float32(0.75)).sum() == 2  # the sixth reaches the share, to the dot
+
+
 def test_pairs_join_the_weakest_with_the_strongest_at_random():
     weights = jnp.array([0.1, 3.0, 0.2, 2.0, 0.3, 1.0])
     seen = set()
@@ -112,6 +123,54 @@ def test_a_move_copies_the_factors_of_half_an_interval_ago():
             if rank not in donors:
                 assert after["gamma"][site, rank] == now.params["gamma"][site, rank]
     jax.tree.map(np.testing.assert_array_equal, result.state, remembered.state)
+
+
+def _with_moments(leaves, state, step, moments):
+    call = EventCall({"proj": leaves}, state, {}, KEY, jnp.int32(step), lambda _: jnp.float32(0), {"proj": moments})
+    return EVENT.apply(call)
+
+
+def test_a_copied_rank_gets_the_moments_that_its_donor_had_half_an_interval_ago():
+    """Adam's two moments, told apart by number; those of every gamma, in a pair or not, are 0 after a move."""
+    old, now = _leaves(2), _leaves(3)
+    before, today = ({leaf: (_leaves(n).params[leaf], _leaves(n + 1).params[leaf]) for leaf in "ab"} for n in (5, 7))
+    state = EVENT.init({"proj": old}, {"proj": today})
+    remembered = _with_moments(old, state, 3, before)
+    assert (remembered.moments("proj", "gamma", 0, old.params["gamma"]) == old.params["gamma"]).all()
+    jax.tree.map(np.testing.assert_array_equal, remembered.state["proj"]["moments"]["1"]["a"], before["a"][1])
+    result = _with_moments(now, remembered.state, 6, today)
+    gone = ORACLE.pruned(np.float64(now.params["gamma"]).tolist(), 0.5, float(EVENT.threshold(6)))
+    assert sum(map(len, gone)) > 0
+    for number in (0, 1):
+        moments = {leaf: result.moments("proj", leaf, number, today[leaf][number]) for leaf in "ab"}
+        for site, ranks in enumerate(gone):
+            for rank in range(6):
+                source = today if rank not in ranks else before
+                place = rank
+                if rank in ranks:  # the donor is told by the row of b that was copied
+                    rows = old.params["b"][site]
+                    (place,) = np.flatnonzero((rows == result.leaves["proj"].params["b"][site, rank]).all(1))
+                np.testing.assert_array_equal(moments["a"][site, :, rank], source["a"][number][site, :, place])
+                np.testing.assert_array_equal(moments["b"][site, rank], source["b"][number][site, place])
+        assert not result.moments("proj", "gamma", number, now.params["gamma"]).any()
+    jax.tree.map(np.testing.assert_array_equal, result.state, remembered.state)
+
+
+def test_a_single_rank_is_refused():
+    with pytest.raises(ValueError, match=r"BeamLoRA.rank must be at least 2, got 1: .* choose method lora"):
+        make_adapter("beamlora", rank=1)
+
+
+def test_the_temperature_follows_the_learning_rate_of_the_run():
+    """The released code: 0.05 for learning rates from 1e-4 on, 0.03 below."""
+    for learning_rate, expected in ((3e-4, 0.05), (1e-4, 0.05), (9e-5, 0.03)):
+        config = TrainConfig(method="beamlora", learning_rate=learning_rate)
+        assert config.adapter().temperature == expected
+        given = dataclasses.replace(config, options={"temperature": 0.2})
+        assert given.adapter().temperature == 0.2
+        assert dict(given.override_adapters()) == {}
+        mixed = TrainConfig(learning_rate=learning_rate, overrides={"up_proj": {"method": "beamlora"}})
+        assert dict(mixed.override_adapters())["up_proj"].temperature == expected
 
 
 def test_moves_stop_an_interval_before_the_end():

@@ -1,5 +1,7 @@
 """The facts of LoRA-Mini (arXiv 2411.15804)."""
 
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,13 @@ import one_layer
 import pytest
 
 from mor_jax.adapters import AdapterInputs, Kernel, LoRA, LoRAMini, Site
+from mor_jax.injection import resolve_sites
+from mor_jax.models import Decoder, DecoderConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 KEY = jax.random.key(0)
+CONFIG = DecoderConfig(vocab_size=32, hidden_size=16, intermediate_size=40, num_layers=2, num_heads=2)
 
 
 def _leaves(adapter, seed=0, layer=0, path="p", size=(40, 30)):
@@ -74,3 +79,19 @@ def test_prepared_leaves_need_no_frozen_factors():
 def test_impossible_options_name_the_field():
     with pytest.raises(ValueError, match="inner_in must be positive"):
         LoRAMini(inner_in=0)
+
+
+def test_a_plan_warns_once_where_it_trains_more_than_lora(caplog):
+    """r (m + n) = 3 (20 + 20) = 120 a layer where LoRA has 3 (16 + 16) = 96, on two maps of two layers."""
+    model, ids = Decoder(CONFIG), jnp.zeros((1, 4), jnp.int32)
+    method = LoRAMini(rank=3, inner_in=20, inner_out=20)
+    with caplog.at_level(logging.WARNING):
+        plan = resolve_sites(model, method, ("q_proj", "o_proj", "up_proj"), ids)
+    (record,) = caplog.records
+    assert plan.num_params() == 2 * 3 * 120
+    assert "trains 480 parameters where LoRA of rank 3 would train 384, on 2 of 3 sites" in record.getMessage()
+    assert "layers/self_attn/q_proj has 16 + 16 inputs and outputs" in record.getMessage()
+    caplog.clear()
+    resolve_sites(model, method, ("up_proj",), ids)
+    resolve_sites(model, LoRAMini(rank=3, inner_in=16, inner_out=16), ("q_proj",), ids)
+    assert not caplog.records

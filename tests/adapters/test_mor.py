@@ -213,6 +213,7 @@ def test_statistics_only_where_there_is_a_router():
         ({"router": "hard"}, "MoR.router must be one of softmax, mean, balanced, got 'hard'"),
         ({"scope": "network"}, "MoR.scope must be one of site, block"),
         ({"top_k": 9}, "MoR.top_k must be between 0 and num_experts = 8, got 9"),
+        ({"top_k": 1}, "MoR.top_k = 1 leaves every token one expert, .* choose 2 or more, or 0"),
         ({"router": "mean", "top_k": 2}, "MoR.router 'mean' has no gate"),
         ({"lam_std": -0.1}, "must not be negative"),
         ({"dropout": 1.0}, r"MoR.dropout must be in \[0, 1\), got 1.0"),

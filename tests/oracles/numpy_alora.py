@@ -31,10 +31,14 @@ def scores(gamma, score):
 
 
 def round_of(gamma, importance, count):
-    """(pruned, ranks given to each site): the ``count`` lowest go, and sites that lost none get as many, in turns."""
-    pruned = sorted(importance, key=importance.get)[:count]
+    """(pruned, ranks given to each site): the ``count`` lowest go, and sites that lost none get as many, in turns.
+
+    One rank is left at least; a site without any comes last in turn.
+    """
+    pruned = sorted(importance, key=importance.get)[: min(count, len(importance) - 1)]
     lost = {site for site, _ in pruned}
-    mean = {s: np.mean([v for (site, _), v in importance.items() if site == s]) for s in range(len(gamma))}
+    held = [[v for (site, _), v in importance.items() if site == s] for s in range(len(gamma))]
+    mean = [np.mean(values) if values else -np.inf for values in held]
     given = [0] * len(gamma)
     takers = sorted((s for s in range(len(gamma)) if s not in lost), key=lambda s: -mean[s])
     left = len(pruned)

@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 VARIANTS = ({"alpha": 3.0},)
+SMALLEST_RANK = 2  # the softmax of one weight is 1, whatever it is
 
 
 def weights(gamma, temperature):
@@ -28,13 +29,16 @@ def forward(params, kernel, x, options):
 
 
 def pruned(gammas, temperature, share):
-    """For each site the ranks that go, weakest first: past the share of the sum of all p, at most half of a site."""
+    """For each site the ranks that go, weakest first: from where the sum of p exceeds the share, at most r // 2.
+
+    The released code masks from the first index on at which the cumulative sum is larger than share * sites * rank.
+    """
     ranked = sorted(
         ((p, site, k) for site, row in enumerate(gammas) for k, p in enumerate(weights(row, temperature))), reverse=True
     )
-    total, before, gone = sum(p for p, _, _ in ranked), 0.0, {site: [] for site in range(len(gammas))}
+    total, up_to_here, gone = sum(p for p, _, _ in ranked), 0.0, {site: [] for site in range(len(gammas))}
     for p, site, k in ranked:
-        if before >= share * total:
+        up_to_here += p
+        if up_to_here > share * total:
             gone[site].insert(0, k)
-        before += p
     return [gone[site][: len(row) // 2] for site, row in enumerate(gammas)]

@@ -13,22 +13,17 @@ VARIANTS = (
     {},
     {"router": "mean"},
     {"router": "balanced", "lam_std": 0.02},
-    {"top_k": 1},
+    {"num_experts": 1},
     {"top_k": 2, "router": "balanced"},
     {"scope": "block"},
     {"scope": "block", "top_k": 2},
 )
 
 
-def without_gradient(options):
-    """With one expert left its gate is 1, whatever the router says."""
-    return {"router"} if options.get("top_k") == 1 else set()
-
-
 def gates(params, x, options):
     """(tokens, N): 1/N for the mean router, else a softmax of the logits, of the top_k largest alone if top_k > 0."""
     count = options["num_experts"]
-    if options["router"] == "mean":
+    if options["router"] == "mean" or count == 1:
         return np.full((len(x), count), 1 / count)
     router, x = np.asarray(params["router"], np.float64), np.asarray(x, np.float64)
     result = np.zeros((len(x), count))

@@ -18,6 +18,14 @@ VARIANTS = (
 TYPES = ("sharing", "contiguous", "contiguous_tiled", "sharing_repeated")
 
 
+def group_of_neighbours(entry, length, k):
+    """The group of one of ``length`` neighbours in k groups, counted out: the first length mod k have one more."""
+    groups = []
+    for group in range(k):
+        groups += [group] * (length // k + (group < length % k))
+    return groups[entry]
+
+
 def change(matrix, row, out_features, group_type):
     """delta: (out,) of one token's x: (in,) through one matrix (k, k)."""
     k = len(matrix)
@@ -35,11 +43,15 @@ def change(matrix, row, out_features, group_type):
             flat += [sum(turned[j] * matrix[j, o] for j in range(k)) for o in range(k)]
         return [flat[o % len(flat)] for o in range(out_features)]
     small = [0.0] * k
-    for j, value in enumerate(long):
-        small[j // blocks if group_type.startswith("contiguous") else j % k] += value
+    if group_type.startswith("contiguous"):  # of x itself: nothing is repeated
+        for j, value in enumerate(row):
+            small[group_of_neighbours(j, len(row), k)] += value
+    else:
+        for j, value in enumerate(long):
+            small[j % k] += value
     mapped = [sum(small[j] * matrix[j, o] for j in range(k)) for o in range(k)]
     if group_type in ("contiguous", "sharing_repeated"):
-        return [mapped[o // math.ceil(out_features / k)] for o in range(out_features)]
+        return [mapped[group_of_neighbours(o, out_features, k)] for o in range(out_features)]
     return [mapped[o % k] for o in range(out_features)]
 
 

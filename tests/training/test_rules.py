@@ -120,3 +120,15 @@ def test_steps_are_part_of_a_run_where_a_rule_depends_on_them(files, tmp_path):
         else:
             with pytest.raises(ConfigError, match="steps=12"):
                 check_same_run(longer, saved, False)
+
+
+def test_a_run_warns_of_the_sites_that_alora_has_emptied(files, tmp_path, caplog):
+    """Four sites of one rank, three of which go in the only round: three sites are left without any."""
+    options = {"moved": 3, "rounds": 1, "first_fraction": 0.5}
+    done = method_runs.train(
+        config_of(files, tmp_path / "run", "alora", rank=1, options=options, steps=2, save_every=0)
+    )
+    events = lines_of(done.folder)[0]["events"]["reallocate"]
+    assert (events["pruned"], events["emptied"], events["ranks"]) == (3, 3, 2)  # the fourth site is given one
+    (warning,) = [record.getMessage() for record in caplog.records if "ALoRA" in record.getMessage()]
+    assert warning.startswith("step 1: ALoRA has pruned the last rank of 3 sites")

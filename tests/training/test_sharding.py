@@ -85,17 +85,21 @@ def test_each_combination_of_axes_equals_one_device(layout, method):
     assert kernel.size // kernel.addressable_shards[0].data.size == mesh.size // mesh.shape["data"]
 
 
-def test_what_a_rule_remembers_of_a_factor_lies_where_the_factor_lies():
-    """BeamLoRA keeps its factors of half an interval ago, as large as the factors themselves."""
+@pytest.mark.parametrize(("optimizer", "moments"), [(optax.sgd(1.0), 0), (optax.adam(1.0), 2)])
+def test_what_a_rule_remembers_of_a_factor_lies_where_the_factor_lies(optimizer, moments):
+    """BeamLoRA keeps its factors of half an interval ago and their moments, each as large as the factors themselves."""
     adapted = tiny.adapted_decoder("beamlora", CONFIG, rank=2)
     rules, mesh, params = plan_rules(adapted.plan, total_steps=100), make_mesh("fsdp=8"), abstract_params(CONFIG)
     specs = param_specs(params, mesh, smallest=1, axes=logical_axes(params))
-    _, _, shardings = abstract_state(adapted, params, rules.wrap(optax.sgd(1.0)), mesh, specs, rules)
+    _, _, shardings = abstract_state(adapted, params, rules.wrap(optimizer), mesh, specs, rules)
     (kept,) = shardings.state.rule_state.values()
     for site, own in kept.items():
         factors = shardings.state.adapters[site]
-        assert {name: own[name].spec for name in own} == {name: factors[name].spec for name in ("a", "b")}
-        assert any("fsdp" in str(sharding.spec) for sharding in own.values())
+        copies = [{name: own[name] for name in ("a", "b")}, *own.get("moments", {}).values()]
+        assert len(copies) == 1 + moments
+        for copy in copies:
+            assert {name: copy[name].spec for name in copy} == {name: factors[name].spec for name in ("a", "b")}
+            assert any("fsdp" in str(sharding.spec) for sharding in copy.values())
 
 
 def test_each_axis_is_split_as_the_table_says():
