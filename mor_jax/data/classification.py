@@ -1,6 +1,8 @@
 """Labelled texts to examples with a class, and no token, to be learned.
 
 {"text" or "sentence": ..., "label": ...}    or    {"sentence1": ..., "sentence2": ... (may be absent), "label": ...}
+
+`labels` says which class a label is, the same in every format. The columns of GLUE's own file of MRPC are known too.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ import numpy as np
 
 from mor_jax.data.chat import Encoded
 from mor_jax.data.examples import OVERLONG, Examples, ExampleWriter, Overlong, SourceCounts
+from mor_jax.data.labels import Label, class_id, class_names, read_label
 from mor_jax.data.sources import DataError, DataSource, read_records
 from mor_jax.data.tokenization import check_unicode
 
-TEXT_FIELDS = (("text",), ("sentence",), ("sentence1", "sentence2"), ("sentence1",))
+TEXT_FIELDS = (("text",), ("sentence",), ("sentence1", "sentence2"), ("sentence1",), ("#1 String", "#2 String"))
 
 
 def load_labelled(
@@ -42,8 +45,8 @@ def load_labelled(
       max_length: The most tokens of an example, those marks included.
       overlong: What happens to longer ones: `truncate` shortens the longer text, `drop` leaves them out (both are
         counted), `error` stops.
-      labels: Names of the classes in the order of their ids; empty takes those that occur, sorted. A label that is a
-        whole number and no name of a class is its id.
+      labels: Names of the classes in the order of their ids; empty takes those that the label column has,
+        else those that occur, sorted. A label that is a whole number and no name of a class is its id.
       tasks: Names in the order of their ids; None numbers them as they first occur.
       scratch: Folder for those files; None takes the system's (`TMPDIR`).
 
@@ -75,11 +78,11 @@ class _LabelledWriter:
 
     def __init__(self, examples: ExampleWriter):
         self._examples = examples
-        self._numbers: dict[int | str, int] = {}  # label -> its number in order of appearance
+        self._numbers: dict[Label, int] = {}  # label -> its number in order of appearance
         self._places: list[str] = []  # where each was first met
         self._labels, self._second_starts = array("i"), array("i")
 
-    def add(self, source: int, tokens: np.ndarray, second_start: int, label: int | str, where: str) -> None:
+    def add(self, source: int, tokens: np.ndarray, second_start: int, label: Label, where: str) -> None:
         self._examples.add(source, Encoded(tokens, np.zeros(len(tokens), bool), len(tokens)))
         number = self._numbers.setdefault(label, len(self._numbers))
         if number == len(self._places):
@@ -88,10 +91,8 @@ class _LabelledWriter:
         self._second_starts.append(second_start)
 
     def label_names(self) -> tuple[str, ...]:
-        """Names of the labels that were met: numbers first, then words, each in order."""
-        numbers = sorted(label for label in self._numbers if isinstance(label, int))
-        words = sorted(label for label in self._numbers if isinstance(label, str))
-        return tuple([str(number) for number in numbers] + words)
+        """Names of the classes that the labels stand for; raises DataError as `class_names`."""
+        return class_names(zip(self._numbers, self._places, strict=True))
 
     def finish(
         self,
@@ -102,7 +103,7 @@ class _LabelledWriter:
     ) -> Examples:
         """All that was added, each label as its place in `names`."""
         places = zip(self._numbers, self._places, strict=True)
-        class_ids = np.array([_identify(label, where, names) for label, where in places], np.int32)
+        class_ids = np.array([class_id(label, names, where) for label, where in places], np.int32)
         return replace(
             self._examples.finish(sources, tasks, counts),
             labels=class_ids[np.array(self._labels, np.int32)],
@@ -116,7 +117,7 @@ def _load_source(
     read = truncated = dropped = 0
     for where, record in read_records(source):
         read += 1
-        texts, label = _texts(record, where), _label(record, where)
+        texts, label = _texts(record, where), read_label(record, where)
         encoded = tokenizer(*texts)
         if len(encoded["input_ids"]) > max_length:
             if overlong == "error":
@@ -142,34 +143,15 @@ def _load_source(
 def _texts(record: Mapping[str, Any], where: str) -> list[str]:
     for names in TEXT_FIELDS:
         if all(record.get(name) is not None for name in names):
-            texts = [record[name] for name in names]
+            texts = [record[name] for name in names if name == names[0] or record[name] != ""]
             break
     else:
         has = ", ".join(map(str, record)) or "(none)"
         raise DataError(f"{where}: has the fields {has}; needs text or sentence, or sentence1 and sentence2")
-    for name, text in zip(names, texts, strict=True):
+    for name, text in zip(names, texts, strict=False):  # an empty second text is none
         if not isinstance(text, str):
             raise DataError(
                 f"{where}: the field {name!r} must be text, found {type(text).__name__}; write it in quotes"
             )
         check_unicode(text, f"the field {name!r}", where)
     return texts
-
-
-def _label(record: Mapping[str, Any], where: str) -> int | str:
-    label = record.get("label")
-    if isinstance(label, bool):
-        return int(label)
-    if not isinstance(label, int | str) or label == "":
-        raise DataError(f"{where}: the field 'label' must be a whole number or a name, found {label!r}")
-    if isinstance(label, str):
-        check_unicode(label, "the field 'label'", where)
-    return label
-
-
-def _identify(label: int | str, where: str, names: tuple[str, ...]) -> int:
-    if str(label) in names:
-        return names.index(str(label))
-    if isinstance(label, int) and 0 <= label < len(names):
-        return label
-    raise DataError(f"{where}: the label {label!r} is not one of {', '.join(names)}; labels= names others")
