@@ -21,6 +21,7 @@ from mor_jax.data.examples import OVERLONG, Examples, ExampleWriter, Overlong, S
 from mor_jax.data.labels import Label, class_id, class_names, read_label
 from mor_jax.data.sources import DataError, DataSource, read_records
 from mor_jax.data.tokenization import check_unicode
+from mor_jax.data.vocabulary import check_tokens
 
 TEXT_FIELDS = (("text",), ("sentence",), ("sentence1", "sentence2"), ("sentence1",), ("#1 String", "#2 String"))
 
@@ -32,6 +33,7 @@ def load_labelled(
     overlong: Overlong = "truncate",
     *,
     labels: Sequence[str] = (),
+    vocab_size: int | None = None,
     tasks: Sequence[str] | None = None,
     scratch: str | os.PathLike | None = None,
 ) -> tuple[Examples, tuple[str, ...]]:
@@ -47,6 +49,7 @@ def load_labelled(
         counted), `error` stops.
       labels: Names of the classes in the order of their ids; empty takes those that the label column has,
         else those that occur, sorted. A label that is a whole number and no name of a class is its id.
+      vocab_size: Tokens of the model that the examples are for; None checks none.
       tasks: Names in the order of their ids; None numbers them as they first occur.
       scratch: Folder for those files; None takes the system's (`TMPDIR`).
 
@@ -54,8 +57,8 @@ def load_labelled(
       (examples, names of the classes).
 
     Raises:
-      DataError: At the first record that cannot be used, named by file and line; for fewer than two classes; and when a
-        source has no example left.
+      DataError: At the first record that cannot be used or has a token beyond the vocabulary, named by file and line;
+        for fewer than two classes; and when a source has no example left.
     """
     if overlong not in OVERLONG:
         raise ValueError(f"overlong must be one of {', '.join(OVERLONG)}, got {overlong!r}")
@@ -66,7 +69,7 @@ def load_labelled(
         for index, source in enumerate(sources):
             if source.task not in task_names:
                 raise DataError(f"{source.path}: the task {source.task!r} is not one of {', '.join(task_names)}")
-            counts.append(_load_source(index, source, tokenizer, max_length, overlong, writer))
+            counts.append(_load_source(index, source, tokenizer, max_length, overlong, writer, vocab_size))
         names = tuple(labels) or writer.label_names()
         if len(names) < 2:
             raise DataError(f"{sources[0].path}: a classifier needs at least two classes, found {', '.join(names)}")
@@ -112,7 +115,13 @@ class _LabelledWriter:
 
 
 def _load_source(
-    index: int, source: DataSource, tokenizer: Any, max_length: int, overlong: str, writer: _LabelledWriter
+    index: int,
+    source: DataSource,
+    tokenizer: Any,
+    max_length: int,
+    overlong: str,
+    writer: _LabelledWriter,
+    vocab_size: int | None,
 ) -> SourceCounts:
     read = truncated = dropped = 0
     for where, record in read_records(source):
@@ -130,6 +139,8 @@ def _load_source(
                 continue
             truncated += 1
             encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+        if vocab_size is not None:
+            check_tokens(encoded["input_ids"], vocab_size, where, tokenizer)
         kinds = list(encoded.get("token_type_ids") or [])
         second = kinds.index(1) if 1 in kinds else len(encoded["input_ids"])
         writer.add(index, np.array(encoded["input_ids"], np.int32), second, label, where)
