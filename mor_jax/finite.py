@@ -7,13 +7,18 @@ from collections.abc import Mapping
 
 
 class NotFiniteError(FloatingPointError):
-    """A figure is NaN or infinite; `row` is the number, from 0, of the row or question it was found at, or None."""
+    """A figure is NaN or infinite.
+
+    Attributes:
+      problem: which figure, and what it is.
+      row: number, from 0, of the row or question where it was found, or None.
+    """
 
     exit_code = 3
 
-    def __init__(self, message: str, row: int | None = None):
-        self.row = row
-        super().__init__(message)
+    def __init__(self, where: str, problem: str, row: int | None = None):
+        self.problem, self.row = problem, row
+        super().__init__(f"{where}: {problem}")
 
 
 def require_finite(figures: Mapping[str, float], where: str) -> None:
@@ -28,4 +33,4 @@ def require_finite(figures: Mapping[str, float], where: str) -> None:
     """
     for name, value in figures.items():
         if not math.isfinite(value):
-            raise NotFiniteError(f"{where}: {name} is {value}; look for weights or logits that are not finite")
+            raise NotFiniteError(where, f"{name} is {value}; look for weights and logits that are not finite")

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-PATH_LISTS = ("data", "eval_data")
+PATH_LISTS = ("data", "eval_data", "calibration")
 _BRACKETS = {"(": ")", "[": "]", "{": "}"}
 
 

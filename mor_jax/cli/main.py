@@ -283,7 +283,7 @@ def _report(error: Exception) -> int:
             "out of memory: take a smaller batch, shorter rows or more devices; to train, --accumulate or --remat full"
         )
         return 3
-    expected = hasattr(error, "exit_code") or isinstance(error, OSError)
+    expected = hasattr(error, "exit_code") or isinstance(error, OSError | FloatingPointError)
     if code == 3 and not expected:
         traceback.print_exception(error)
     _say(str(error) or type(error).__name__)

@@ -20,7 +20,7 @@ from mor_jax.data.chat import Encoded
 from mor_jax.data.examples import OVERLONG, Examples, ExampleWriter, Overlong, SourceCounts
 from mor_jax.data.labels import Label, class_id, class_names, read_label
 from mor_jax.data.sources import DataError, DataSource, read_records
-from mor_jax.data.tokenization import check_unicode
+from mor_jax.data.tokenization import Tokenization, check_unicode
 from mor_jax.data.vocabulary import check_tokens
 
 TEXT_FIELDS = (("text",), ("sentence",), ("sentence1", "sentence2"), ("sentence1",), ("#1 String", "#2 String"))
@@ -43,7 +43,8 @@ def load_labelled(
 
     Args:
       sources: What to read, in this order.
-      tokenizer: A fast Hugging Face tokenizer; it puts its own marks around a text and between those of a pair.
+      tokenizer: A fast Hugging Face tokenizer, or the `Tokenization` of one; it puts its own marks around a text and
+        between those of a pair.
       max_length: The most tokens of an example, those marks included.
       overlong: What happens to longer ones: `truncate` shortens the longer text, `drop` leaves them out (both are
         counted), `error` stops.
@@ -62,6 +63,7 @@ def load_labelled(
     """
     if overlong not in OVERLONG:
         raise ValueError(f"overlong must be one of {', '.join(OVERLONG)}, got {overlong!r}")
+    tokenizer = tokenizer.tokenizer if isinstance(tokenizer, Tokenization) else tokenizer
     task_names = tuple(tasks) if tasks is not None else tuple(dict.fromkeys(source.task for source in sources))
     counts = []
     with tempfile.TemporaryFile(dir=scratch) as tokens, tempfile.TemporaryFile(dir=scratch) as learned:

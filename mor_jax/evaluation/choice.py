@@ -155,10 +155,10 @@ def _check_likelihoods(options: np.ndarray, number: int) -> None:
     """Raises NotFiniteError unless the options of a question can be compared and one of them is possible."""
     wrong = np.flatnonzero(np.isnan(options) | np.isposinf(options))
     if len(wrong):
-        place = f"question {number + 1}, option {wrong[0] + 1}"
-        raise NotFiniteError(f"{place}: the log-likelihood is {options[wrong[0]]}", number)
+        problem = f"the log-likelihood of option {wrong[0] + 1} is {options[wrong[0]]}"
+        raise NotFiniteError(f"question {number + 1}", problem, number)
     if np.isneginf(options).all():
-        raise NotFiniteError(f"question {number + 1}: no option has a probability above 0", number)
+        raise NotFiniteError(f"question {number + 1}", "no option has a probability above 0", number)
 
 
 def _figures(right: Sequence[dict[str, bool]]) -> dict[str, float]:

@@ -70,9 +70,8 @@ def _answers(
         wrong = np.flatnonzero(~np.isfinite(loss))
         if len(wrong):
             place = int(rows[wrong[0]])
-            raise NotFiniteError(
-                f"{what}batch {number}, row {place + 1}: the loss is {loss[wrong[0]]}", first + seen + place
-            )
+            where = f"{what}batch {number}, row {place + 1}"
+            raise NotFiniteError(where, f"the loss is {loss[wrong[0]]}", first + seen + place)
         columns.append((truth, logits.argmax(axis=1), loss))
         seen += len(mask)
     truth, answer, losses = (np.concatenate(column) for column in zip(*columns, strict=True))

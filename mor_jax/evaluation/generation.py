@@ -116,4 +116,4 @@ def check_generated(tokens: np.ndarray, where: str, row: int | None = None) -> N
     wrong = np.flatnonzero(np.asarray(tokens) < 0)
     if len(wrong):
         after = f"after {wrong[0]} token{'' if wrong[0] == 1 else 's'}"
-        raise NotFiniteError(f"{where}: the logits are not finite {after}; look for weights that are not", row)
+        raise NotFiniteError(where, f"the logits are not finite {after}; look for weights that are not", row)

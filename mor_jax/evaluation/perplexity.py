@@ -82,9 +82,8 @@ def _sums(logits_fn: LogitsFn, batches: Iterable[Batch], what: str, first: int) 
         likelihood, count = (np.asarray(gathered(each), np.float64) for each in found)
         wrong = np.flatnonzero(~np.isfinite(likelihood))
         if len(wrong):
-            raise NotFiniteError(
-                f"{where}, row {wrong[0] + 1}: the loss is {-likelihood[wrong[0]]}", first + rows + int(wrong[0])
-            )
+            place = int(wrong[0])
+            raise NotFiniteError(f"{where}, row {place + 1}", f"the loss is {-likelihood[place]}", first + rows + place)
         total, tokens, rows = total + likelihood.sum(), tokens + count.sum(), rows + len(likelihood)
     return float(total), float(tokens), rows
 

@@ -31,7 +31,7 @@ def save(path, records):
 @pytest.mark.parametrize("name", ["data.parquet", "folder"])
 def test_what_is_null_is_not_there(tmp_path, tokenizer, name):
     """Rows of several kinds in one table, and a key that only one message has."""
-    called = [*CHAT, {"role": "assistant", "content": "c", "tool_calls": "x"}]
+    called = [*CHAT, {"role": "assistant", "content": "c", "name": "x"}]
     records = [{"prompt": "p", "completion": "c"}, {"text": "t"}, {"messages": CHAT}, {"messages": called}]
     every = [dict.fromkeys(("prompt", "completion", "text", "messages")) | record for record in records]
     path = save(tmp_path / name, every)

@@ -51,7 +51,7 @@ QUESTIONS = [ChoiceQuestion(prompt=(1, 2), options=((1,), (2, 3)), answer=number
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_choice_between_options_that_are_not_finite(value):
-    with pytest.raises(NotFiniteError, match="question 2, option 2: .*nan") as caught:
+    with pytest.raises(NotFiniteError, match="question 2: .*option 2 is nan") as caught:
         choice(spoilt(2, (1, 1), value), QUESTIONS, batch_size=2)
     assert caught.value.row == 1
 
