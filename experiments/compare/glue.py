@@ -92,7 +92,7 @@ class Comparison:
             result = train(config)
             options = EvalOptions(
                 model=str(folder),
-                data=str(self.files[task]["test"]),
+                data=(str(self.files[task]["test"]),),
                 task="classification",
                 batch_size=50,
                 sequence_length=TASKS[task]["sequence_length"],

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mor_jax.cli.opening import LiveModel
+from mor_jax.cli.options import path_texts
 from mor_jax.data import (
     DataError,
     Examples,
@@ -26,21 +27,23 @@ UNNAMED = "default"  # the task of a source without a name
 Batches = list[dict[str, np.ndarray]]
 
 
-def merge_batches(live: LiveModel, tokenizer: Any, calibration: str, count: int) -> tuple[Batches, Batches]:
+def merge_batches(
+    live: LiveModel, tokenizer: Any, calibration: str | Sequence[str], count: int
+) -> tuple[Batches, Batches]:
     """(calibration batches, held-out batches), at most `count` of each, that share no example.
 
     Args:
       live: The run; its task names number the tasks.
       tokenizer: Of its base.
-      calibration: `[TASK=]PATH[:WEIGHT]`; empty takes the run's training data. Where the run has `eval_data`, held-out
-        batches are of that; else the examples of the calibration file are dealt alternately to the two.
+      calibration: `[TASK=]PATH[:WEIGHT]`, one or several; empty takes the run's training data. Where the run has
+        `eval_data`, held-out batches are of that; else the calibration examples are dealt alternately to the two.
       count: Batches of each.
 
     Raises:
-      DataError: A record is not usable, or there are too few different examples.
+      DataError: A record is not usable or has a token that the model has not, or there are too few different examples.
     """
     assert live.train is not None
-    texts = (calibration,) if calibration else live.train.data
+    texts = path_texts(calibration) if calibration else live.train.data
     examples, length = live_examples(live, tokenizer, texts)
     chosen, rows = _different(examples), live.padded_rows(ROWS)
     if live.train.eval_data and not calibration:
@@ -57,7 +60,7 @@ def merge_batches(live: LiveModel, tokenizer: Any, calibration: str, count: int)
 def live_examples(live: LiveModel, tokenizer: Any, texts: Sequence[str]) -> tuple[Examples, int]:
     """The examples of the sources `texts` as the run was trained on such, and the length of its rows."""
     assert live.train is not None
-    length, tasks = live.train.sequence_length, live.tasks or None
+    length, tasks, size = live.train.sequence_length, live.tasks or None, live.config.vocab_size
     sources = parse_sources(texts)
     if tasks and any(source.task == UNNAMED for source in sources):
         tasks = tuple(dict.fromkeys((*tasks, UNNAMED)))  # a plain file stands for all tasks and counts for none
@@ -65,8 +68,8 @@ def live_examples(live: LiveModel, tokenizer: Any, texts: Sequence[str]) -> tupl
         length = min(length, live.config.max_length)
         labels = live.config.labels
         tokenizer = tokenizer.tokenizer if isinstance(tokenizer, Tokenization) else tokenizer
-        return load_labelled(sources, tokenizer, length, labels=labels, tasks=tasks)[0], length
-    return load_examples(sources, tokenizer, length, tasks=tasks), length
+        return load_labelled(sources, tokenizer, length, labels=labels, tasks=tasks, vocab_size=size)[0], length
+    return load_examples(sources, tokenizer, length, tasks=tasks, vocab_size=size), length
 
 
 def _content(examples: Examples, index: int) -> bytes:

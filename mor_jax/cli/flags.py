@@ -2,8 +2,9 @@
 
 A field `learning_rate: float = 1e-3  # peak` becomes `--learning-rate`, with "peak" as its help. Only flags that were
 given are returned, so that they can be laid over a configuration file. Booleans have a twin (`--scan-layers`,
-`--no-scan-layers`). Tuples are split at commas, except within brackets, where a regular expression has its own; fields
-that hold paths are never split but may be repeated (`--data a.jsonl --data b.jsonl`, or `--data a.jsonl b.jsonl`).
+`--no-scan-layers`). A flag is given once. Tuples are split at commas, except within brackets, where a regular
+expression has its own; fields that hold paths are never split but may be repeated (`--data a.jsonl --data b.jsonl`, or
+`--data a.jsonl b.jsonl`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from typing import Any, NoReturn
 
 import yaml
 
-PATH_LISTS = ("data", "eval_data")
+from mor_jax.unique_yaml import load_yaml
+
+PATH_LISTS = ("data", "eval_data", "calibration")
 _BRACKETS = {"(": ")", "[": "]", "{": "}"}
 
 
@@ -35,6 +38,27 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises the message as a `UsageError` that names the command and its help."""
         raise UsageError(f"{message}; see `{self.prog} --help`")
+
+
+class _Once(argparse.Action):
+    """Keeps a value; a second is an error and does not replace it."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        _check_first(parser, namespace, self.dest, option_string)
+        setattr(namespace, self.dest, values)
+
+
+class _Switch(argparse.BooleanOptionalAction):
+    """True or false, told once."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        _check_first(parser, namespace, self.dest, option_string)
+        super().__call__(parser, namespace, values, option_string)
+
+
+def _check_first(parser: argparse.ArgumentParser, namespace: argparse.Namespace, field: str, flag: str | None) -> None:
+    if hasattr(namespace, field):
+        parser.error(f"{flag} is given twice, and keeps one value: {getattr(namespace, field)!r} was the first")
 
 
 def split_list(text: str) -> tuple[str, ...]:
@@ -65,13 +89,13 @@ def parse_options(text: str) -> dict[str, Any]:
     {'router': 'softmax', 'lam_std': 0.02}
 
     Raises:
-      ValueError: when a part has no `=`, or the braces hold no mapping.
+      ValueError: when a part has no `=`, a name is there twice, or the braces hold no mapping.
     """
     if text.lstrip().startswith("{"):
         try:
-            mapping = yaml.safe_load(text)
+            mapping = load_yaml(text)
         except yaml.YAMLError as error:
-            raise ValueError(f"not a YAML mapping: {text}") from error
+            raise ValueError(f"not a YAML mapping: {text} ({getattr(error, 'problem', error)})") from error
         if not isinstance(mapping, dict):
             raise ValueError(f"not a YAML mapping: {text}")
         return mapping
@@ -80,6 +104,8 @@ def parse_options(text: str) -> dict[str, Any]:
         name, sign, value = part.partition("=")
         if not sign or not name:
             raise ValueError(f"expected name=value, got {part!r}")
+        if name.strip() in options:
+            raise ValueError(f"{name.strip()!r} is there twice")
         options[name.strip()] = yaml.safe_load(value)
     return options
 
@@ -127,12 +153,18 @@ def _reading(name: str, kind: Any) -> dict[str, Any]:
     if origin in (types.UnionType, typing.Union):
         (kind,) = [argument for argument in arguments if argument is not type(None)]
         return _reading(name, kind)
-    if origin is typing.Literal:
-        return {"choices": list(arguments)}
     if kind is bool:
-        return {"action": argparse.BooleanOptionalAction}
+        return {"action": _Switch}
     if origin is tuple and name in PATH_LISTS:
         return {"action": "extend", "nargs": "+", "metavar": "[TASK=]PATH[:WEIGHT]"}
+    return {"action": _Once} | _value(kind)
+
+
+def _value(kind: Any) -> dict[str, Any]:
+    """How argparse reads one value of this type."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return {"choices": list(arguments)}
     if origin is tuple and arguments[0] is int:
         return {"type": _whole_numbers, "metavar": "N,N"}
     if origin is tuple:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
 
 from mor_jax.cli.flags import UsageError
 from mor_jax.cli.opening import open_model
 from mor_jax.cli.options import GenerateOptions
-from mor_jax.data import Tokenization
-from mor_jax.evaluation import left_padded
+from mor_jax.data import Tokenization, check_tokens
+from mor_jax.evaluation import check_generated, left_padded
 from mor_jax.training.distributed import check_same_everywhere
 
 
@@ -37,6 +38,8 @@ def generate_command(options: GenerateOptions) -> dict[str, Any]:
 
     Raises:
       UsageError: an option is out of range.
+      DataError: a token of the prompt is none of the model's.
+      NotFiniteError: the model's logits are not finite.
     """
     if options.max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
@@ -50,6 +53,7 @@ def generate_command(options: GenerateOptions) -> dict[str, Any]:
     model.require_decoder("mor generate")
     tokenization = model.tokenization(options.chat_date)
     prompt = prompt_tokens(options, tokenization)
+    check_tokens(prompt, model.config.vocab_size, "--prompt", tokenization.tokenizer)
     check_same_everywhere({"the prompt in tokens": prompt})
     ends = tokenization.stop
     run = model.generate_fn(
@@ -62,6 +66,7 @@ def generate_command(options: GenerateOptions) -> dict[str, Any]:
     )
     rows = model.padded_rows(1)
     new = run(*left_padded([prompt] * rows, rows, len(prompt)))[0].tolist()
+    check_generated(np.array(new), "--prompt")
     stop = next((place for place, token in enumerate(new, 1) if token in ends), len(new))
     text = tokenization.tokenizer.decode(new[:stop], skip_special_tokens=True)
     return {"text": text, "tokens": stop, "token_ids": new[:stop]}

@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import json
 import math
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from mor_jax.cli import options
-from mor_jax.cli.flags import Parser, UsageError, add_flags, flag_of, given_flags
+from mor_jax.cli.flags import PATH_LISTS, Parser, UsageError, add_flags, flag_of, given_flags
 from mor_jax.cli.launch import is_peer, leave, on_all
+from mor_jax.cli.paths import blamed, check_makeable
 
 INTERRUPTED = 130
 PACKAGE = Path(__file__).parents[1]
@@ -39,6 +41,7 @@ def demo(args: argparse.Namespace) -> dict:
     from mor_jax.cli.demo import run_demo
 
     chosen = options.DemoOptions(**given_flags(args, options.DemoOptions))
+    check_makeable(chosen.output_dir, "--output-dir")
     result = run_demo(chosen.output_dir, chosen.seed)
     if not result["export_verified"]:
         raise FailedCheck(result, f"{result['output_dir']}/export differs from the live model in a logit")
@@ -214,12 +217,19 @@ def _run(arguments: list[str]) -> int:
 def _run_command(name: str, args: argparse.Namespace) -> Any:
     """The command's result; None where another process shows it."""
     command = COMMANDS[name]
+
+    def run() -> Any:
+        try:
+            return command.run(args)
+        except OSError as error:
+            raise blamed(error, vars(args)) or error from error
+
     if name == "train" or not command.launch:  # training finds the others by itself, when its configuration is right
-        return command.run(args)
+        return run()
     launch = options.LaunchOptions(**given_flags(args, options.LaunchOptions))
     given = given_flags(args, command.options_class)
     told = {flag_of(field): given[field.name] for field in fields(command.options_class) if field.name in given}
-    return on_all(launch, lambda: command.run(args), told)
+    return on_all(launch, run, told)
 
 
 def _parse(name: str, arguments: list[str]) -> argparse.Namespace:
@@ -231,11 +241,27 @@ def _parse(name: str, arguments: list[str]) -> argparse.Namespace:
     add_flags(parser, command.options_class, command.positional)
     if command.launch:
         add_flags(parser, options.LaunchOptions)
-    args = parser.parse_args(arguments)
+    args = _parsed(parser, command, arguments)
     for field in command.required:
         if not hasattr(args, field):
             parser.error(f"--{field.replace('_', '-')} is missing")
     return args
+
+
+def _parsed(parser: Parser, command: Command, arguments: list[str]) -> argparse.Namespace:
+    """The arguments; a model or run at their end is none of the paths that a list before it takes all of."""
+    try:
+        return parser.parse_args(arguments)
+    except UsageError:
+        flags = [word for word in arguments if word.startswith("--")]
+        swallowed = flags and flags[-1].removeprefix("--").replace("-", "_") in PATH_LISTS
+        if not (command.positional and swallowed and _is_model(arguments[-1])):
+            raise
+    return parser.parse_args([arguments[-1], *arguments[:-1]])
+
+
+def _is_model(word: str) -> bool:
+    return any(os.path.isfile(os.path.join(word, name)) for name in ("config.yaml", "config.json"))
 
 
 def _overview() -> str:
@@ -284,7 +310,7 @@ def _report(error: Exception) -> int:
             "out of memory: take a smaller batch, shorter rows or more devices; to train, --accumulate or --remat full"
         )
         return 3
-    expected = hasattr(error, "exit_code") or isinstance(error, OSError)
+    expected = hasattr(error, "exit_code") or isinstance(error, OSError | FloatingPointError)
     if code == 3 and not expected:
         traceback.print_exception(error)
     _say(str(error) or type(error).__name__)

@@ -14,6 +14,7 @@ from mor_jax.cli.calibration import Batches, merge_batches
 from mor_jax.cli.flags import UsageError, parse_options
 from mor_jax.cli.opening import LiveModel, at_rank, open_run
 from mor_jax.cli.options import ExportOptions, MergeOptions
+from mor_jax.cli.paths import check_makeable
 from mor_jax.data import DataError
 from mor_jax.export import export_hf, probe_tokens
 from mor_jax.injection import AdapterPlan
@@ -42,12 +43,13 @@ def check_output(directory: str) -> Path:
     """The path of a folder that is to be made.
 
     Raises:
-      UsageError: it exists and holds something.
+      UsageError: it exists and holds something, or cannot be made.
     """
     path = Path(expanded_path(directory))
 
     def check() -> None:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        check_makeable(path, "--output-dir")
+        if path.exists() and any(path.iterdir()):
             raise UsageError(f"--output-dir {path}: exists and is not empty; choose another folder")
 
     first_decides(check)

@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec
 
 from mor_jax.adapters import AdapterInputs, Leaves
 from mor_jax.cli.flags import UsageError
-from mor_jax.data import Tokenization, read_tokenization
+from mor_jax.data import Tokenization, check_tokens, read_tokenization
+from mor_jax.finite import NotFiniteError
 from mor_jax.injection import Adapted, AdapterPlan, cut_to_rank
 from mor_jax.models import (
     CachedForward,
@@ -121,7 +122,7 @@ class LiveModel:
     def logits_fn(self) -> Callable[[Mapping[str, np.ndarray]], jax.Array]:
         """Batch -> next-token logits (B, S, V), or a classifier's (B, classes); compiled once for each shape.
 
-        A batch has as many rows as `padded_rows` gives.
+        A batch has as many rows as `padded_rows` gives; one with a token that the model has not raises DataError.
         """
         module, adapted = self.module, self.plan is not None
 
@@ -135,6 +136,7 @@ class LiveModel:
         variables = self.variables
 
         def logits(batch: Mapping[str, np.ndarray]) -> jax.Array:
+            check_tokens(batch["input_ids"], self.config.vocab_size, "a batch")
             with self.on_devices():
                 return run(variables, put_batch(batch, self.mesh))
 
@@ -143,15 +145,18 @@ class LiveModel:
     def generate_fn(self, eos_ids: tuple[int, ...], pad_id: int, **options: Any) -> Callable[..., np.ndarray]:
         """(prompts (B, S) left-padded, mask (B, S)) -> new tokens (B, T); `options` are those of `generate`.
 
-        The prompts have as many rows as `padded_rows` gives.
+        The prompts have as many rows as `padded_rows` gives; a token that the model has not raises DataError.
         """
         self.require_decoder("generation")
         config = self.config
         assert isinstance(config, DecoderConfig)
+        pad_id = pad_id if pad_id < config.vocab_size else 0  # it fills rows up and is never read
         apply_fn, variables = CachedForward(self.module), self.variables
 
         def run(prompts: np.ndarray, mask: np.ndarray) -> np.ndarray:
             rows, length = prompts.shape
+            prompts = np.where(mask > 0, prompts, pad_id)
+            check_tokens(prompts, config.vocab_size, "a prompt")
             cache = _cache_maker(config, rows, length + options["max_new_tokens"], self.mesh)()
             placed = put_batch({"prompts": prompts, "mask": mask}, self.mesh)
             tokens = placed["prompts"], placed["mask"]
@@ -195,6 +200,7 @@ def open_model(path: str | Path, dtype: str | None = None, mesh: str = "", base:
       MeshError: the mesh does not fit the devices or the model.
       ModelFileError, ConfigError: a file is not as it should be.
       IntegrityError: the adapter fails its checksums.
+      NotFiniteError: a number of the adapter is not finite.
     """
     path = Path(expanded_path(path))
     if not path.is_dir():
@@ -283,6 +289,7 @@ def open_run(
     check_base_weights(where, described, params)
     example = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     plan, leaves, metadata = load_adapter(run / "adapter", make_model(config), params, example, check_base=False)
+    _check_finite(leaves.params, run)
     leaves = put_leaves(leaves, plan, specs, devices)
     if kept is not None and _dtypes(train.model, config, kept) != {jnp.dtype(trained)}:
         del params  # never both at once
@@ -308,3 +315,12 @@ def _base_directory(run: Path, recorded: str, given: str) -> str:
 def _dtypes(directory: str, config: ModelConfig, kept: str) -> set[Any]:
     """Those of the parameters that are loaded as `kept`."""
     return set(stored_dtypes(directory, config).values()) if kept == STORED else {jnp.dtype(kept)}
+
+
+def _check_finite(params: Mapping[str, Mapping[str, Any]], run: Path) -> None:
+    """Raises NotFiniteError unless all trained numbers, {site path: {leaf: array}}, are finite."""
+    for path, own in params.items():
+        for place, leaf in jax.tree_util.tree_leaves_with_path(own):
+            if not np.isfinite(np.asarray(leaf, np.float32)).all():
+                name = jax.tree_util.keystr(place, simple=True, separator="/")
+                raise NotFiniteError(f"{run}/adapter", f"{path}/{name} is not finite; take an earlier checkpoint")

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+
+def path_texts(value: str | Sequence[str]) -> tuple[str, ...]:
+    """The texts of an option that takes several, which in Python may be given one alone."""
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +35,14 @@ class EvalOptions:
     """Options of `mor eval`."""
 
     model: str  # Hugging Face directory, or the run folder of `mor train`
-    data: str  # records; for choice prompt, options, answer; for classification text or sentence1 and 2, label
+    data: tuple[
+        str, ...
+    ]  # records; for choice prompt, options, answer; for classification text or sentence1 and 2, label
     task: Literal["perplexity", "choice", "classification", "generation"] = "perplexity"  # what is measured
     batch_size: int = 4  # rows at once, or as many more as the devices share evenly
     sequence_length: int = 512  # longest row in tokens
     max_new_tokens: int = 64  # generation only
-    limit: int = 0  # examples that are measured; 0 measures all
+    limit: int = 0  # examples of each file that are measured; 0 measures all
     chat_date: str = ""  # the day that a chat template prints, YYYY-MM-DD; empty: the run's, or today's
     rank: int = 0  # of an adapter trained for all smaller ranks (dylora); 0 takes its own
     mesh: str = ""  # data=2,fsdp=4,tensor=2; empty: every accelerator, on fsdp as far as the model divides
@@ -69,7 +77,7 @@ class MergeOptions:
     gates: str = ""  # where gates read the input: least_squares, sequential, distill, mean, task:NAME; empty: the best
     rank: int = 0  # of the low-rank merge (0: full rank; distill: the adapter's own); for dylora the rank to cut to
     mergeable: bool = False  # also merge HaLoRA, which is meant to stay beside its base
-    calibration: str = ""  # records that approximations are fitted on; empty takes the run's training data
+    calibration: tuple[str, ...] = ()  # records that approximations are fitted on; the run's training data without
     batches: int = 8  # for calibration, as many more for fidelity; sequential runs all calibration rows at once, twice
     steps: int = 200  # of distill
     learning_rate: float = 3e-3  # of distill
@@ -90,7 +98,7 @@ class ExportOptions:
     gates: str = ""  # as in `mor merge`; peft: least_squares, sequential or distill
     rank: int = 0  # as in `mor merge`; peft: 0 takes the adapter's own rank
     mergeable: bool = False  # as in `mor merge`
-    calibration: str = ""  # as in `mor merge`
+    calibration: tuple[str, ...] = ()  # as in `mor merge`
     batches: int = 8  # as in `mor merge`: sequential runs all calibration rows at once, twice
     steps: int = 200  # as in `mor merge`
     learning_rate: float = 3e-3  # as in `mor merge`

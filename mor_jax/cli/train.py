@@ -8,6 +8,7 @@ from typing import Any
 
 from mor_jax.cli.launch import on_all
 from mor_jax.cli.options import LaunchOptions
+from mor_jax.cli.paths import WRITTEN, check_makeable
 from mor_jax.training.config import ConfigError, TrainConfig, config_from_mapping, config_to_mapping, load_config
 
 
@@ -40,10 +41,15 @@ def train_command(path: str | None, given: Mapping[str, Any], launch: LaunchOpti
     Of several processes all but the first return None.
 
     Raises:
-      ConfigError, DataError, ModelFileError, InjectionError: bad input; nothing has been written.
+      ConfigError, UsageError, DataError, ModelFileError, InjectionError: bad input; nothing has been written.
       DistributedError, LostPeerError: the other processes cannot be joined, or are gone.
     """
     config = train_config(path, given)
+    for name in WRITTEN:
+        if getattr(config, name):
+            check_makeable(
+                getattr(config, name), f"--{name.replace('_', '-')}", writable=False
+            )  # the first process does
     return on_all(launch, lambda: _train(config))
 
 

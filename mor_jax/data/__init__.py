@@ -16,6 +16,7 @@ from mor_jax.data.tokenization import (
     read_tokenization,
 )
 from mor_jax.data.tokenizer import load_tokenizer
+from mor_jax.data.vocabulary import check_tokens
 
 __all__ = [
     "BATCH_FIELDS",
@@ -33,6 +34,7 @@ __all__ = [
     "Tokenization",
     "as_tokenization",
     "build_row",
+    "check_tokens",
     "check_unicode",
     "decide_tokens",
     "encode_messages",

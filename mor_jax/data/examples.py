@@ -25,6 +25,7 @@ from mor_jax.data.chat import Encoded
 from mor_jax.data.records import encode_record
 from mor_jax.data.sources import DataError, DataSource, read_records
 from mor_jax.data.tokenization import Tokenization, as_tokenization
+from mor_jax.data.vocabulary import check_tokens
 
 _LOGGER = logging.getLogger(__name__)
 Overlong = Literal["truncate", "drop", "error"]
@@ -121,6 +122,7 @@ def load_examples(
     max_length: int,
     overlong: Overlong = "truncate",
     *,
+    vocab_size: int | None = None,
     tasks: Sequence[str] | None = None,
     scratch: str | os.PathLike | None = None,
 ) -> Examples:
@@ -132,14 +134,15 @@ def load_examples(
       max_length: The most tokens an example may have.
       overlong: What happens to longer ones: `truncate` keeps the first `max_length` tokens, `drop` leaves them out
         (both are counted), `error` stops.
+      vocab_size: Tokens of the model that the examples are for; None checks none.
       tasks: Names in the order of their ids, for data that must agree with others (evaluation with training); None
         numbers them as they first occur.
       scratch: Folder for the files of tokens and masks, 5 bytes a token, which vanish with the `Examples`; None takes
         the system's (`TMPDIR`).
 
     Raises:
-      DataError: At the first record that cannot be used, named by file and line; for a task that `tasks` does not have;
-        and when a source has no example left.
+      DataError: At the first record that cannot be used or has a token beyond the vocabulary, named by file and
+        line; for a task that `tasks` does not have; and when a source has no example left.
       ValueError: If `max_length` is under 2 or `overlong` is none of the three.
       OSError: If `scratch` is missing or full.
     """
@@ -160,18 +163,25 @@ def load_examples(
                     f"{source.path}: the task {source.task!r} is not one of {', '.join(names)}; write TASK=PATH"
                 )
             keep = functools.partial(writer.add, index)
-            counts.append(_load_source(source, tokenization, max_length, overlong, keep))
+            counts.append(_load_source(source, tokenization, max_length, overlong, vocab_size, keep))
         return writer.finish(tuple(sources), names, tuple(counts))
 
 
 def _load_source(
-    source: DataSource, tokenization: Tokenization, max_length: int, overlong: str, keep: Callable[[Encoded], None]
+    source: DataSource,
+    tokenization: Tokenization,
+    max_length: int,
+    overlong: str,
+    vocab_size: int | None,
+    keep: Callable[[Encoded], None],
 ) -> SourceCounts:
     kept = read = truncated = dropped = empty = shortened = said = hidden = 0
     for where, record in read_records(source):
         read += 1
         example = encode_record(record, tokenization, where)
         said, hidden, shortened = said + example.said, hidden + example.hidden, shortened + (example.hidden > 0)
+        if vocab_size is not None:
+            check_tokens(example.tokens, vocab_size, where, tokenization.tokenizer)
         if not example.learned[1:].any():  # nothing predicts the first token
             empty += 1
             continue

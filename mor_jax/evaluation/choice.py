@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from mor_jax.data import BATCH_FIELDS
+from mor_jax.data import BATCH_FIELDS, check_tokens
 from mor_jax.evaluation.perplexity import LogitsFn, target_log_likelihood
+from mor_jax.evaluation.tasks import by_task
+from mor_jax.finite import NotFiniteError
 from mor_jax.processes import gathered
 
 
@@ -95,7 +97,7 @@ def choice(
     max_length: int = 512,
     pad_id: int = 0,
 ) -> dict[str, float]:
-    """Accuracy of the likeliest option; ties go to the earlier option.
+    """Accuracy of the likeliest option; ties go to the earlier option, and an impossible one (-inf) is never likeliest.
 
     Args:
       logits_fn: Batch -> next-token logits (B, S, V).
@@ -106,41 +108,60 @@ def choice(
 
     Returns:
       `accuracy` (by sum), `accuracy_per_token`, `accuracy_per_byte` (where all questions know their bytes),
-      `questions`, and `accuracy/TASK` for every task when there is more than one.
+      `questions`, and of several tasks also `accuracy/TASK` and so on.
 
     Raises:
       ValueError: When there are no questions, or an option does not fit.
+      DataError: A token is beyond the V of the logits; names the question.
+      NotFiniteError: The likelihood of an option is not finite, or no option of a question is possible.
     """
     if not questions:
         raise ValueError("choice needs at least one question")
+    sums, counts = _likelihoods(logits_fn, questions, choice_batches(questions, batch_size, max_length, pad_id))
+    right: dict[str, list[dict[str, bool]]] = {}
+    row = 0
+    for number, question in enumerate(questions):
+        span = slice(row, row + len(question.options))
+        row = span.stop
+        _check_likelihoods(sums[span], number)
+        scores = {"accuracy": sums[span], "accuracy_per_token": sums[span] / counts[span]}
+        if question.option_bytes:
+            scores["accuracy_per_byte"] = sums[span] / np.array(question.option_bytes)
+        answers = {name: bool(np.argmax(own) == question.answer) for name, own in scores.items()}
+        right.setdefault(question.task, []).append(answers)
+    return _figures(sum(right.values(), [])) | by_task({task: _figures(own) for task, own in right.items()})
+
+
+def _likelihoods(
+    logits_fn: LogitsFn, questions: Sequence[ChoiceQuestion], batches: Iterator[dict[str, np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(summed log-probability, tokens) of each option of each question in order, float64."""
     sums, counts = [], []
-    for batch in choice_batches(questions, batch_size, max_length, pad_id):
+    for batch in batches:
+        logits = logits_fn(batch)
+        if not sums:  # now the size of the vocabulary is known
+            for number, question in enumerate(questions, 1):
+                asked = [*question.prompt, *sum(question.prompts, ()), *sum(question.options, ())]
+                check_tokens(asked, logits.shape[-1], f"question {number}")
         likelihood, count = target_log_likelihood(
-            logits_fn(batch), jnp.asarray(batch["targets"]), jnp.asarray(batch["loss_mask"]), per_row=True
+            logits, jnp.asarray(batch["targets"]), jnp.asarray(batch["loss_mask"]), per_row=True
         )
         sums.append(np.asarray(gathered(likelihood), np.float64))
         counts.append(np.asarray(gathered(count), np.float64))
-    sums, counts = np.concatenate(sums), np.concatenate(counts)
-    right: dict[str, list[bool]] = {}
-    per_token, per_byte, row = [], [], 0
-    for question in questions:
-        span = slice(row, row + len(question.options))
-        row = span.stop
-        right.setdefault(question.task, []).append(int(np.argmax(sums[span])) == question.answer)
-        per_token.append(int(np.argmax(sums[span] / counts[span])) == question.answer)
-        if question.option_bytes:
-            per_byte.append(int(np.argmax(sums[span] / np.array(question.option_bytes))) == question.answer)
-    return {
-        "accuracy": float(np.mean(sum(right.values(), []))),
-        "accuracy_per_token": float(np.mean(per_token)),
-        **({"accuracy_per_byte": float(np.mean(per_byte))} if len(per_byte) == len(questions) else {}),
-        "questions": float(len(questions)),
-        **by_task(right),
-    }
+    return np.concatenate(sums), np.concatenate(counts)
 
 
-def by_task(right: dict[str, list[bool]]) -> dict[str, float]:
-    """`accuracy/TASK` for every task when there is more than one, else nothing."""
-    if len(right) < 2:
-        return {}
-    return {f"accuracy/{task}": float(np.mean(values)) for task, values in sorted(right.items())}
+def _check_likelihoods(options: np.ndarray, number: int) -> None:
+    """Raises NotFiniteError unless the options of a question can be compared and one of them is possible."""
+    wrong = np.flatnonzero(np.isnan(options) | np.isposinf(options))
+    if len(wrong):
+        problem = f"the log-likelihood of option {wrong[0] + 1} is {options[wrong[0]]}"
+        raise NotFiniteError(f"question {number + 1}", problem, number)
+    if np.isneginf(options).all():
+        raise NotFiniteError(f"question {number + 1}", "no option has a probability above 0", number)
+
+
+def _figures(right: Sequence[dict[str, bool]]) -> dict[str, float]:
+    """The share of right answers by each reading that all questions have, and how many questions there are."""
+    names = [name for name in max(right, key=len) if all(name in own for own in right)]
+    return {name: float(np.mean([own[name] for own in right])) for name in names} | {"questions": float(len(right))}

@@ -13,6 +13,7 @@ import flax.linen as nn
 from jax import Array
 
 from mor_jax.adapters import Adapter, Leaves
+from mor_jax.finite import NotFiniteError
 from mor_jax.injection import AdapterPlan
 from mor_jax.merging.calibration import Batch, ModelCall, language_model_call
 from mor_jax.merging.exact import merge
@@ -98,7 +99,7 @@ def merge_routed(
 
     Raises:
         ValueError: for an unknown ``gates`` or task, no data, or held-out rows among the calibration rows.
-        FloatingPointError: No merge has a finite KL.
+        NotFiniteError: No merge has a finite KL.
     """
     others = others or {}
     names = _known_merges(gates, others)
@@ -125,7 +126,7 @@ def _least_divergent(
 ) -> tuple[str, dict[str, Any], dict[str, float]]:
     """(the name whose merge has the smallest KL, that merge, all KLs); no more than two merges are alive at a time.
 
-    A merge that is not finite is left out with a warning; raises FloatingPointError where none is left.
+    A merge that is not finite is left out with a warning; raises NotFiniteError where none is left.
     """
     divergences: dict[str, float] = {}
     best: Any = None
@@ -143,7 +144,8 @@ def _least_divergent(
         if kl == min(divergences.values()):
             best = (name, merged)
     if best is None:
-        raise FloatingPointError("no merge has a finite divergence from the routed model: is the adapter finite?")
+        problem = "no merge has a finite divergence from the routed model: is the adapter finite?"
+        raise NotFiniteError(f"merges {', '.join(names)}", problem)
     return *best, divergences
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from jax import Array
 
 from mor_jax.adapters import Leaves
 from mor_jax.adapters.precision import full_precision
+from mor_jax.finite import NotFiniteError, require_finite
 from mor_jax.injection import AdapterPlan, site_kernels
 from mor_jax.merging.calibration import Batch, ModelCall, collect, forward, language_model_call
 from mor_jax.processes import gathered
@@ -40,6 +40,9 @@ class FidelityReport:
             D the change of the stored kernel.
         metrics: The task metric, {"routed": ..., "merged": ...}, where one was given.
         candidates: {method: kl} when several were measured.
+
+    Raises:
+        NotFiniteError: A figure is not finite.
     """
 
     method: str
@@ -52,6 +55,11 @@ class FidelityReport:
     site_errors: dict[str, list[float]]
     metrics: dict[str, float] = field(default_factory=dict)
     candidates: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        names = ("kl", "max_logit_difference", "mean_logit_difference", "same_token")
+        where = f"fidelity of the merge by {self.method}"
+        require_finite({name: getattr(self, name) for name in names} | self.metrics | self.candidates, where)
 
     def save(self, directory: str | Path) -> Path:
         """Writes ``fidelity.json`` into an existing directory and returns its path."""
@@ -87,11 +95,17 @@ def site_errors(
     batches: Sequence[Batch],
     call: ModelCall = language_model_call,
 ) -> dict[str, list[float]]:
-    """{path: relative error of each layer}; 0 where the adapter does nothing and the kernel did not change."""
+    """{path: relative error of each layer}; 0 where the adapter does nothing and the kernel did not change.
+
+    Raises:
+        NotFiniteError: Inputs, adapter or kernels of a site are not finite.
+    """
     kernels = {adapted.site.path: site_kernels(merged, adapted).value for adapted in plan.sites}
     found = {}
     for path, sums in collect(model, params, leaves, plan, plan.paths, batches, call, kernels).items():
         error, norm = (np.asarray(gathered(sums[name]), np.float64).reshape(-1) for name in ("error", "norm"))
+        if not np.isfinite([error, norm]).all():
+            raise NotFiniteError(path, "the adapter's change or the merged one is not finite")
         ratio = np.where(norm > 0, error / np.where(norm > 0, norm, 1), np.where(error > 0, 1.0, 0.0))
         found[path] = np.sqrt(ratio).tolist()
     return found
@@ -156,6 +170,7 @@ def measure_fidelity(
 
     Raises:
         ValueError: if no held-out token counts.
+        NotFiniteError: a figure is not finite.
     """
     total = _added_up(functools.partial(_compare_batch, model, plan, call, params, leaves, merged), batches)
     routed = functools.partial(routed_logits, model, plan, call, params, leaves)
@@ -166,7 +181,7 @@ def measure_fidelity(
     return FidelityReport(
         method=method,
         exact=all(s.adapter.merges_exactly for s in plan.sites),
-        kl=max(total["kl"] / tokens, 0.0) if math.isfinite(total["kl"]) else total["kl"],
+        kl=float(np.maximum(total["kl"] / tokens, 0.0)),  # unlike Python's, NaN where it is
         max_logit_difference=total["max"],
         mean_logit_difference=total["mean"] / tokens,
         same_token=total["same"] / tokens,
@@ -177,12 +192,12 @@ def measure_fidelity(
 
 
 def _added_up(compare: Callable[[Batch], dict[str, Array]], batches: Sequence[Batch]) -> dict[str, float]:
-    """What ``compare`` finds in each batch, summed over all; the largest where it is called max."""
+    """What ``compare`` finds in each batch, summed over all; the largest where it is called max, NaN if one is."""
     total: dict[str, float] = {}
     for batch in batches:
         for name, value in compare({name: jnp.asarray(value) for name, value in batch.items()}).items():
             before = total.get(name, 0.0)
-            total[name] = max(before, float(value)) if name == "max" else before + float(value)
+            total[name] = float(np.maximum(before, float(value))) if name == "max" else before + float(value)
     return total
 
 

@@ -22,6 +22,7 @@ from jax import Array
 
 from mor_jax.adapters import Leaves
 from mor_jax.adapters.precision import full_precision
+from mor_jax.finite import NotFiniteError
 from mor_jax.injection import AdaptedSite, AdapterPlan, link_leaves
 from mor_jax.merging.calibration import (
     RIDGE,
@@ -143,12 +144,18 @@ def factorize(change: np.ndarray, second_moment: np.ndarray, rank: int) -> tuple
         change: D: (in, out).
         second_moment: E[x^T x]: (in, in); all zeros means the plain metric.
         rank: At most min(in, out).
+
+    Raises:
+        ValueError: for a rank out of range.
+        NotFiniteError: change or moment is not finite.
     """
     change, moment = np.asarray(change, np.float64), np.asarray(second_moment, np.float64)
     if not 1 <= rank <= min(change.shape):
         raise ValueError(
             f"rank must be between 1 and {min(change.shape)} for a change of shape {change.shape}, got {rank}"
         )
+    if not (np.isfinite(change).all() and np.isfinite(moment).all()):
+        raise NotFiniteError("least squares", "a site's change or its inputs are not finite; are base and adapter?")
     scale = np.trace(moment) / len(moment)
     factor = np.linalg.cholesky(moment + RIDGE * scale * np.eye(len(moment))) if scale > 0 else np.eye(len(moment))
     left, values, right = np.linalg.svd(factor.T @ change, full_matrices=False)
@@ -164,7 +171,7 @@ def _factorize_once(change: Array, second_moment: Array, rank: int) -> tuple[np.
         try:
             found = factorize(np.asarray(change), np.asarray(second_moment), rank)
             pair = tuple(part.astype(np.float32) for part in found)
-        except (ValueError, np.linalg.LinAlgError) as error:  # the others wait for what comes next
+        except (ValueError, np.linalg.LinAlgError, FloatingPointError) as error:  # the others wait for what comes next
             failure = error
     pair = from_first(pair)
     if failure is not None:

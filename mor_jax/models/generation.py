@@ -76,6 +76,8 @@ def generate(
 ) -> jax.Array:
     """New tokens (B, max_new_tokens) int32; after a row's end token, which is included, come `pad_id`s.
 
+    A row whose logits are not finite ends with -1 there, which is no token.
+
     Args:
       apply_fn: one cached step, see `ApplyFn`; `CachedForward(model)` for a plain decoder. Hashable: it is static.
       variables: its first argument, e.g. `{"params": params}`.
@@ -124,10 +126,13 @@ def _check_generation(max_new_tokens: int, temperature: float, top_p: float, key
 @partial(jax.jit, static_argnums=(0, 1))
 def _generate(apply_fn, max_new_tokens, variables, cache, prompts, mask, temperature, top_p, key, eos_ids, pad_id):
     def draw(logits: jax.Array, step: jax.Array | int) -> jax.Array:
-        return sample(logits[:, -1], None if key is None else jax.random.fold_in(key, step), temperature, top_p)
+        last = logits[:, -1]
+        token = sample(last, None if key is None else jax.random.fold_in(key, step), temperature, top_p)
+        largest = last.max(axis=-1) / (1 if key is None else temperature)
+        return jnp.where(jnp.isfinite(largest), token, -1)  # the likeliest of NaNs would be token 0
 
     def ends(token: jax.Array) -> jax.Array:
-        return (token[:, None] == eos_ids[None, :]).any(axis=-1)
+        return (token[:, None] == eos_ids[None, :]).any(axis=-1) | (token < 0)
 
     def step(carry):
         number, token, position, done, tokens, cache = carry

@@ -106,12 +106,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-      ModelFileError: the file is missing, is not JSON, or holds something else than an object.
+      ModelFileError: the file is missing or unreadable, is not JSON, or holds something else than an object.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelFileError(f"{path}: no such file{_instead(path)}") from None
+    except OSError as error:  # a file in place of the folder, among others
+        raise ModelFileError(f"{path}: cannot be read ({error.strerror})") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelFileError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(values, dict):

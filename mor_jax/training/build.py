@@ -301,20 +301,21 @@ def _data(
     if isinstance(shape, EncoderConfig):
         length = min(config.sequence_length, shape.max_length)
         known = config.labels or shape.labels
-        examples, labels = load_labelled(sources, tokenizer, length, config.overlong, labels=known)
+        examples, labels = load_labelled(
+            sources, tokenizer, length, config.overlong, labels=known, vocab_size=shape.vocab_size
+        )
 
         def load(sources, tasks):
-            return load_labelled(sources, tokenizer, length, config.overlong, labels=labels, tasks=tasks)[0]
+            own: dict[str, Any] = {"labels": labels, "tasks": tasks, "vocab_size": shape.vocab_size}
+            return load_labelled(sources, tokenizer, length, config.overlong, **own)[0]
 
     else:
 
         def load(sources, tasks):
-            return load_examples(sources, tokenization, config.sequence_length, config.overlong, tasks=tasks)
+            own: dict[str, Any] = {"tasks": tasks, "vocab_size": shape.vocab_size}
+            return load_examples(sources, tokenization, config.sequence_length, config.overlong, **own)
 
         examples = load(sources, None)
-    largest = int(examples.tokens.max())
-    if largest >= shape.vocab_size:
-        raise ConfigError(f"model={config.model!r}: its tokenizer gives {largest} and vocab_size is {shape.vocab_size}")
     for name in ("truncated", "dropped", "empty"):
         if getattr(examples, name):
             _LOGGER.warning("%d of the examples were %s", getattr(examples, name), name)

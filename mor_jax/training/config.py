@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 import yaml
 
+from mor_jax.unique_yaml import load_yaml
+
 Option = bool | int | float | str
 Objective = Literal["causal", "classification"]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -262,10 +264,11 @@ def load_config(path: str | Path) -> TrainConfig:
     """The `TrainConfig` in a YAML file.
 
     Raises:
-      ConfigError: the file is missing, is not YAML, or holds a wrong field; the message starts with the path.
+      ConfigError: the file is missing, is not YAML, or holds a wrong field or one twice; the message starts with the
+        path.
     """
     try:
-        mapping = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        mapping = load_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}: give the path of a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

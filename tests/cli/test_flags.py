@@ -42,6 +42,30 @@ def test_paths_repeat_and_are_never_split():
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ["--steps", "3", "--steps", "4"],
+        ["--steps", "3", "--steps=3"],
+        ["--kind", "a", "--kind", "b"],
+        ["--learning-rate", "1", "--learning-rate", "2"],
+        ["--scan-layers", "--no-scan-layers"],
+        ["--targets", "q", "--targets", "k"],
+        ["--options", "a=1", "--options", "b=2"],
+    ],
+)
+def test_a_flag_that_keeps_one_value_refuses_a_second(words):
+    with pytest.raises(UsageError, match="given twice") as caught:
+        parse("x", *words)
+    assert words[-2 if len(words) > 3 else -1].partition("=")[0] in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["a=1,a=2", "{a: 1, b: 2, a: 3}", "{x: {a: 1, a: 2}}"])
+def test_an_option_named_twice(text):
+    with pytest.raises(ValueError, match="'a' is there twice"):
+        parse_options(text)
+
+
+@pytest.mark.parametrize(
     ("text", "parts"),
     [
         ("q_proj,up_proj", ("q_proj", "up_proj")),

@@ -231,3 +231,24 @@ def test_plain_turns_arrays_into_lists():
     import numpy as np
 
     assert plain({"a": np.float32(0.5), "b": np.arange(2), "c": (1, None)}) == {"a": 0.5, "b": [0, 1], "c": [1, None]}
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        (["train", "--model", "A", "--model", "B"], "--model"),
+        (["train", "--rank", "8", "--rank", "16"], "--rank"),
+        (["train", "--resume", "--no-resume"], "--no-resume"),
+        (["eval", "M", "--data", "x", "--task", "choice", "--task", "perplexity"], "--task"),
+        (["generate", "M", "--prompt", "a", "--prompt", "b"], "--prompt"),
+        (["merge", "R", "--output-dir", "a", "--output-dir", "b"], "--output-dir"),
+        (["export", "R", "--output-dir", "a", "--format", "hf", "--format", "peft"], "--format"),
+        (["inspect", "M", "--method", "lora", "--method", "mor"], "--method"),
+        (["plan", "M", "--topology", "cpu:1", "--topology", "cpu:2"], "--topology"),
+        (["demo", "--seed", "1", "--seed", "2"], "--seed"),
+        (["generate", "M", "--prompt", "a", "--num-processes", "1", "--num-processes", "2"], "--num-processes"),
+    ],
+)
+def test_a_second_value_of_a_flag_is_refused_by_every_command(capsys, words, flag):
+    error = run_bad(capsys, *words)
+    assert f"{flag} is given twice" in error

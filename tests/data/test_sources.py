@@ -11,9 +11,9 @@ from mor_jax.data import DataError, DataSource, parse_source, parse_sources, rea
 RECORDS = [{"prompt": "zwei\n\"Zeilen\", und 'Komma'", "completion": "ä"}, {"prompt": "b", "completion": "emoji 🙂"}]
 
 
-def as_csv(records, mark):
+def as_csv(records):
     quoted = [[value.replace('"', '""') for value in record.values()] for record in records]
-    return f"prompt{mark}completion\n" + "".join(mark.join(f'"{value}"' for value in row) + "\n" for row in quoted)
+    return "prompt,completion\n" + "".join(",".join(f'"{value}"' for value in row) + "\n" for row in quoted)
 
 
 def write(path, text):
@@ -33,11 +33,10 @@ TEXTS = {
     "c.jsonl.gz": "\n" + LINES,
     "d.json": json.dumps(RECORDS, indent=2),
     "e.json.gz": json.dumps(RECORDS),
-    "f.csv": as_csv(RECORDS, ","),
-    "g.tsv": as_csv(RECORDS, "\t"),
-    "h.csv.gz": as_csv(RECORDS, ",") + "\n",
+    "f.csv": as_csv(RECORDS),
+    "h.csv.gz": as_csv(RECORDS) + "\n",
 }
-SECOND_LINE = {"a.jsonl": 2, "b.ndjson": 2, "c.jsonl.gz": 3, "f.csv": 4, "g.tsv": 4, "h.csv.gz": 4}
+SECOND_LINE = {"a.jsonl": 2, "b.ndjson": 2, "c.jsonl.gz": 3, "f.csv": 4, "h.csv.gz": 4}
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -66,11 +65,12 @@ def test_parquet_files_and_dataset_folders(tmp_path, dataset, kind):
 def test_conversations_in_parquet_are_those_of_json_lines(tmp_path, kind):
     """Hub datasets of chats are Parquet; all rows of a file have all columns, empty where they do not apply."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    records = [{"messages": turns, "source": None}, {"messages": [*turns, *turns], "source": "x"}]
+    records: list[dict] = [{"messages": turns, "source": None}, {"messages": [*turns, *turns], "source": "x"}]
     dataset, path = datasets.Dataset.from_list(records), tmp_path / f"data.{kind}"
     dataset.to_parquet(path) if kind == "parquet" else dataset.save_to_disk(path)
     lines = write(tmp_path / "data.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-    assert [record for _, record in read(path)] == [record for _, record in read(lines)] == records
+    there = [{"messages": turns}, records[1]]
+    assert [record for _, record in read(path)] == [record for _, record in read(lines)] == there
 
 
 def test_a_parquet_file_need_not_fit_into_memory(tmp_path):
