@@ -54,7 +54,12 @@ def train(args: argparse.Namespace) -> dict | None:
     from mor_jax.training.config import TrainConfig
 
     launch: dict[str, Any] = {"distributed": "auto"} | given_flags(args, options.LaunchOptions)
-    return train_command(getattr(args, "config", None), given_flags(args, TrainConfig), options.LaunchOptions(**launch))
+    given = given_flags(args, TrainConfig)
+    result = train_command(getattr(args, "config", None), given, options.LaunchOptions(**launch))
+    held_out = (result or {}).get("eval_loss", 0.0)
+    if not math.isfinite(held_out):
+        raise FailedCheck(result, f"eval_loss is {held_out}: the run is saved, and useless on its eval_data")
+    return result
 
 
 def evaluate(args: argparse.Namespace) -> dict:
@@ -249,19 +254,25 @@ def _parse(name: str, arguments: list[str]) -> argparse.Namespace:
 
 
 def _parsed(parser: Parser, command: Command, arguments: list[str]) -> argparse.Namespace:
-    """The arguments; a model or run at their end is none of the paths that a list before it takes all of."""
+    """The arguments; a model or run behind a list of paths is none of them, though the list takes all that follows."""
     try:
         return parser.parse_args(arguments)
     except UsageError:
-        flags = [word for word in arguments if word.startswith("--")]
-        swallowed = flags and flags[-1].removeprefix("--").replace("-", "_") in PATH_LISTS
-        if not (command.positional and swallowed and _is_model(arguments[-1])):
+        place = _swallowed(arguments) if command.positional else None
+        if place is None:
             raise
-    return parser.parse_args([arguments[-1], *arguments[:-1]])
+    return parser.parse_args([arguments[place], *arguments[:place], *arguments[place + 1 :]])
 
 
-def _is_model(word: str) -> bool:
-    return any(os.path.isfile(os.path.join(word, name)) for name in ("config.yaml", "config.json"))
+def _swallowed(arguments: list[str]) -> int | None:
+    """Where a model or run stands that is the last of several words behind a flag that takes a list of paths."""
+    flags = [place for place, word in enumerate(arguments) if word.startswith("--")]
+    for start, end in zip(flags, [*flags[1:], len(arguments)], strict=True):
+        takes_all = arguments[start].removeprefix("--").replace("-", "_") in PATH_LISTS
+        names = [os.path.join(arguments[end - 1], name) for name in ("config.yaml", "config.json")]
+        if takes_all and end - start > 2 and any(map(os.path.isfile, names)):
+            return end - 1
+    return None
 
 
 def _overview() -> str:

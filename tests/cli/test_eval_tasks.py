@@ -186,8 +186,6 @@ def test_the_model_may_stand_behind_its_files(capsys, tmp_path, model_dir):
 def test_a_merge_is_calibrated_on_several_files(capsys, tmp_path, model_dir):
     run = tiny.make_run(tmp_path / "run", model_dir, num_experts=3, targets=("up_proj",))
     parts = [tiny.write_records(tmp_path / f"{task}.jsonl", 8, task) for task in ("add", "shout")]
-    both = tmp_path / "both.jsonl"
-    both.write_text("".join(open(part).read() for part in parts))
     words = ["merge", run, "--gates", "mean", "--batches", "2", "--json", "--calibration"]
     assert main([*words, parts[0], "--calibration", f"shout={parts[1]}", "--output-dir", str(tmp_path / "one")]) == 0
     assert main([*words, *parts, "--output-dir", str(tmp_path / "two")]) == 0
@@ -198,3 +196,37 @@ def test_a_merge_is_calibrated_on_several_files(capsys, tmp_path, model_dir):
     out = str(tmp_path / "four")
     words = ("merge", run, "--gates", "mean", "--calibration", parts[0], unknown, "--output-dir", out)
     assert "the task 'new' is not one of add, shout" in refused(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "index"),
+    [
+        (["no", "yes"], 1, 1),
+        (["no", "yes"], 1.0, 1),  # as pandas writes whole numbers beside missing ones
+        (["no", "yes"], "1", 1),
+        (["no", "yes"], "1.0", 1),
+        (["no", "yes"], "yes", 1),
+        (["2", "0"], "0", 1),  # the text of an option comes before an index
+        (["2", "0"], 0, 0),
+        ([2, 0], "0", 1),
+        (["True", "False"], True, 0),
+        (["true", "false"], "False", 1),
+        (["no", "yes"], True, None),  # not the index 1
+        (["no", "yes"], 0.5, None),
+        (["no", "yes"], "maybe", None),
+        (["no", "yes"], 2, None),
+        (["no", "yes"], "-1", None),
+        (["no", None], 0, None),
+        (["no", {"text": "yes"}], 0, None),
+    ],
+)
+def test_the_right_option(options, answer, index):
+    from mor_jax.cli.evaluate import choice_question
+    from mor_jax.data import DataError
+
+    record = {"prompt": "a", "options": options, "answer": answer}
+    if index is not None:
+        assert choice_question(record, tiny.make_tokenizer(), "file:7").answer == index
+        return
+    with pytest.raises(DataError, match="^file:7: .*(option|answer)"):
+        choice_question(record, tiny.make_tokenizer(), "file:7")

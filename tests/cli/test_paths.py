@@ -117,13 +117,15 @@ def test_a_file_that_may_not_be_read(capsys, places, command, monkeypatch):
     if command.startswith("data"):
         place = place.rename(place.with_suffix(".jsonl"))
 
-    def refuse(path, *arguments, **options):
-        if Path(path) == place:
-            raise PermissionError(13, "Permission denied", str(path))
-        return opened(path, *arguments, **options)
+    def refusing(read):
+        def refuse(path, *arguments, **options):
+            if path == place:
+                raise PermissionError(13, "Permission denied", str(path))
+            return read(path, *arguments, **options)
 
-    opened = Path.open
-    monkeypatch.setattr(Path, "open", refuse)
-    monkeypatch.setattr(Path, "read_text", lambda path, *a, **k: refuse(path, "r", *a, **k).read())
+        return refuse
+
+    for name in ("open", "read_text"):
+        monkeypatch.setattr(Path, name, refusing(getattr(Path, name)))
     given = places["FOLDER"] if command.startswith("model") else str(place)
     refused(capsys, [given if word == "?" else places.get(word, word) for word in COMMANDS[command]], str(place))

@@ -210,24 +210,37 @@ def test_an_adapter_that_is_not_finite(capsys, tmp_path, model_dir, files, words
 
 
 @pytest.mark.parametrize(
-    ("method", "flags"),
-    [("lora", []), ("mor", ["--gates", "mean"]), ("mor", ["--gates", "least_squares"]), ("mor", ["--steps", "2"])],
+    ("command", "method", "flags"),
+    [
+        ("merge", "lora", []),
+        ("merge", "mor", ["--gates", "mean"]),
+        ("merge", "mor", ["--gates", "least_squares"]),
+        ("merge", "mor", ["--gates", "sequential", "--rank", "2"]),
+        ("export", "mor", ["--steps", "2"]),
+    ],
 )
-@pytest.mark.parametrize("command", ["merge", "export"])
 def test_a_base_that_is_not_finite_is_not_merged(capsys, tmp_path, model_dir, spoilt, command, method, flags):
+    from mor_jax.models.hf import load_params, read_config
+    from mor_jax.training.checkpoint import fingerprint
+
     run = Path(run_on(tmp_path / "run", model_dir, method=method))
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace(model_dir, spoilt))
     described = json.loads((run / "adapter" / "adapter.json").read_text())
-    described["base_fingerprint"] = None
-    from mor_jax.models.hf import load_params, read_config
-    from mor_jax.training.checkpoint import fingerprint
-
     described["base_fingerprint"] = fingerprint(load_params(spoilt, read_config(spoilt)))
     (run / "adapter" / "adapter.json").write_text(json.dumps(described))
     write_manifest(run / "adapter")
-    words = ("--output-dir", str(tmp_path / "out"), "--batches", "2", *flags)
-    assert "finite" in failed(capsys, 3, command, str(run), *words) or "nan" in failed(
-        capsys, 3, command, str(run), *words
-    )
+    line = failed(capsys, 3, command, str(run), "--output-dir", str(tmp_path / "out"), "--batches", "2", *flags)
+    assert "finite" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_training_that_ends_in_a_held_out_loss_that_is_not_finite(capsys, tmp_path, model_dir, monkeypatch):
+    from mor_jax.training import loop
+
+    monkeypatch.setattr(loop, "train", lambda config: {"steps": 1, "loss": 1.0, "eval_loss": float("nan")})
+    data = tiny.write_records(tmp_path / "data.jsonl")
+    assert main(["train", "--model", model_dir, "--data", data, "--output-dir", str(tmp_path / "out"), "--json"]) == 3
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["eval_loss"] is None
+    assert "eval_loss is nan" in captured.err

@@ -132,3 +132,11 @@ def test_without_a_rank_each_method_has_its_own(name):
 def test_all_linear_is_a_word_and_not_a_pattern():
     assert TrainConfig().target_modules == "all-linear"
     assert TrainConfig(targets=("q_proj",)).target_modules == ("q_proj",)
+
+
+@pytest.mark.parametrize("text", ["rank: 8\nsteps: 3\nrank: 16\n", "options: {router: mean, router: softmax}\n"])
+def test_a_field_that_is_there_twice_is_named(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"^{path}: not YAML: .*'(rank|router)' is there twice.*line"):
+        load_config(path)
