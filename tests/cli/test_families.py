@@ -138,7 +138,8 @@ def assert_writes_as(theirs, capsys, run, exported):
         whole = theirs.generate(**prompt, do_sample=False, max_new_tokens=8, pad_token_id=0)
     new = whole[0, prompt["input_ids"].shape[1] :]
     written = run_json(capsys, "generate", run, "--prompt", "add 10:", "--max-new-tokens", "8", "--greedy")
-    assert written == {"text": tokenizer.decode(new, skip_special_tokens=True), "tokens": len(new)}
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    assert written == {"text": text, "tokens": len(new), "token_ids": new.tolist()}
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers by an old name
