@@ -136,6 +136,7 @@ class Adapter:
     starts_at_zero: ClassVar[bool] = True
     gate_lifetime: ClassVar[str] = "token"
     rule_name: ClassVar[str] = ""  # of a method whose rule no option switches off
+    training_inputs: ClassVar[tuple[str, ...]] = ()  # `AdapterInputs` without which a training loop leaves it out
     optional_rule: ClassVar[str] = ""  # what `rule` becomes, and with which option, where it is off by default
 
     dropout: float = 0.0  # probability of dropping an entry of x before the factors, while training

@@ -22,7 +22,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from mor_jax.adapters import GATED_PRODUCT, Adapter, AdapterInputs, Kernel, Leaves, site_id
-from mor_jax.injection.arguments import check_collections
+from mor_jax.injection.arguments import check_collections, check_model
 from mor_jax.injection.chain import carried_chain, initial_chain, replace_chain
 from mor_jax.injection.leaves import RESERVED, init_leaves, join, prepare_leaves, site_leaves, with_shared
 from mor_jax.injection.linear import Contraction, LinearKind, find_kind, first_argument
@@ -363,6 +363,7 @@ class Adapted(nn.Module):
         Raises:
             InjectionError: if the adapters are missing, or a site of the plan was not visited.
         """
+        check_model(self.base)
         plan = self.plan or self.resolve(*args, **{k: v for k, v in kwargs.items() if k not in _FLAX_ARGUMENTS})
         check_collections(variables, plan)
         variables, inputs = dict(variables), adapter_inputs or AdapterInputs()

@@ -121,6 +121,7 @@ def check_collections(variables: Any, plan: AdapterPlan) -> None:
     Raises:
         InjectionError: one of the collections is missing, or holds something else.
     """
+    check_plan(plan)
     if not isinstance(variables, Mapping):
         raise InjectionError(
             f'variables must be {{"params": base, "adapters": leaves.params}}, not {type(variables).__name__}'

@@ -185,6 +185,8 @@ class Discovery:
 def _visit(kind: LinearKind, module: nn.Module, args: tuple, kwargs: Mapping[str, Any], output: Any) -> Visit:
     """What is known of a call; whatever is wrong with it matters only where the module is a target."""
     x, shape = first_argument(args, kwargs), ()
+    if _is_bridge(type(module)):
+        return Visit(kind, shape, None, f"it is {_BRIDGED}", x)
     if not module.has_variable("params", kind.kernel_leaf):
         return Visit(kind, shape, None, f"it has no {kind.kernel_leaf!r} in the collection 'params'", x)
     try:
@@ -197,6 +199,13 @@ def _visit(kind: LinearKind, module: nn.Module, args: tuple, kwargs: Mapping[str
         )
         return Visit(kind, shape, None, told, x)
     return Visit(kind, shape, contraction, "", x)
+
+
+_BRIDGED = "an NNX module inside linen, to whose parameters nothing can be joined"
+
+
+def _is_bridge(kind: type) -> bool:
+    return any(base.__module__.startswith("flax.nnx") for base in kind.__mro__)
 
 
 def _kernel_axes(contraction: Contraction) -> tuple[tuple[int, ...], ...]:
@@ -223,6 +232,6 @@ def _why_not(kind: type, shapes: Mapping[str, tuple[int, ...]]) -> Unknown:
     ):
         if issubclass(kind, plain):
             return Unknown(f"{what}, and no LinearKind fits it: {word} ({held})", ordinary=True)
-    if kind.__module__.startswith("flax.nnx"):
-        return Unknown(f"{what}: an NNX module inside linen ({held}), which a LinearKind for {kind.__name__} may adapt")
+    if _is_bridge(kind):
+        return Unknown(f"{what}: {_BRIDGED} ({held})")
     return Unknown(f"{what}: {kind.__name__} with {held}; register its class with a LinearKind")

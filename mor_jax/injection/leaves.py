@@ -18,7 +18,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from mor_jax.adapters import AdapterInputs, Kernel, Leaves, site_id
-from mor_jax.injection.arguments import check_params
+from mor_jax.injection.arguments import check_leaves, check_params
 from mor_jax.injection.plan import AdaptedSite, AdapterPlan
 from mor_jax.injection.trained import get_path
 
@@ -138,6 +138,7 @@ def _by_stack(value: Array, adapted: AdaptedSite) -> Array:
 
 def link_leaves(plan: AdapterPlan, leaves: Leaves) -> Leaves:
     """Leaves with what each layer's method needs of the earlier layers' leaves, whether they are stacked or apart."""
+    check_leaves(leaves)
     trees: tuple[dict[str, Any], ...] = tuple(dict(tree) for tree in leaves)
     for sites in plan.chains.values():
         method = sites[0].adapter
@@ -158,6 +159,7 @@ def link_leaves(plan: AdapterPlan, leaves: Leaves) -> Leaves:
 
 def prepare_leaves(plan: AdapterPlan, leaves: Leaves, params: Mapping[str, Any]) -> Leaves:
     """Leaves with what each method computes once a step; differentiable, and the identity on its own result."""
+    check_params(params, plan)
     leaves = link_leaves(plan, leaves)
     trees: tuple[dict[str, Any], ...] = tuple(dict(tree) for tree in leaves)
     for adapted in plan.sites:

@@ -61,6 +61,7 @@ def _left_out(adapted: AdaptedSite, leaves: Leaves, inputs: AdapterInputs) -> tu
     found = []
     if method.rule:
         found.append(f"{method.title}'s {method.rule}")
+    found += [f"{method.title}'s {name}" for name in method.training_inputs if getattr(inputs, name) is None]
     if method.learning_rate_ratios:
         found.append(f"{method.title}'s learning rates of its own")
     if method.dropout and inputs.deterministic:
@@ -95,7 +96,7 @@ def _tell(undrawn: Adapter | None, left_out: tuple[str, ...]) -> None:
 def _warn_once(left_out: tuple[str, ...]) -> None:
     _LOGGER.warning(
         "this training loop leaves out %s: make_step does it; in a loop of your own plan_rules(plan, steps) has rules "
-        "and learning rates, mean_penalty penalties, AdapterInputs(key=, deterministic=False, auxiliary_scale=) the "
-        "rest, and AdapterInputs(wired=True) says that it is done",
+        "and learning rates, mean_penalty penalties, AdapterInputs(key=, deterministic=False, auxiliary_scale=, "
+        "noise_step=) the rest, and AdapterInputs(wired=True) says that it is done",
         ", ".join(left_out),
     )

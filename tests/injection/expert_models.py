@@ -34,7 +34,7 @@ def _einsum(features):
     return nn.Einsum((EXPERTS, features, WIDTH), "ebi,eoi->boe", bias_init=nn.initializers.normal(0.5), name="proj")
 
 
-# How a layer of experts is made, how its output is brought to (experts, rows, out), and its kernel to (experts, in, out).
+# How a layer of experts is made, its output brought to (experts, rows, out), and its kernel to (experts, in, out).
 LAYOUTS = {
     "vmap": (_vmapped, lambda y: y, lambda w: w, "kernel"),
     "batch_dims": (_dense_general, lambda y: y, lambda w: w, "kernel"),

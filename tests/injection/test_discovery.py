@@ -1,4 +1,4 @@
-"""What is no target may be anything: tracing a model stops at nothing in it, and nothing in it is adapted by mistake."""
+"""What is no target may be anything: tracing a model stops at nothing in it, and adapts nothing by mistake."""
 
 from typing import Any
 
