@@ -6,6 +6,7 @@ Injection runs it inside a whole Flax model, merging maps it over the frozen par
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -37,9 +38,11 @@ class Site:
         path: The module's path, joined by "/".
         in_features: Size of the contracted axes together.
         out_features: Size of the produced axes together.
-        num_layers: How many layers the leaves are stacked over.
+        num_layers: How many maps the leaves are stacked over: layers, and experts of a layer.
         first_layer: Place in the model's depth of the first of them; 0 but for layers that are modules of their own.
-        depth: How many layers of this kind the model has; 0 stands for ``num_layers``.
+        depth: How many layers of this kind the model has; 0 stands for ``layers``.
+        layer_axes: (stride, size) of those axes of the stack that are layers, outermost first; None where all are.
+            What the others tell apart (experts) lies side by side in one layer.
     """
 
     path: str
@@ -48,6 +51,21 @@ class Site:
     num_layers: int = 1
     first_layer: int = 0
     depth: int = 0
+    layer_axes: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def layers(self) -> int:
+        """How many layers of the model's depth the maps belong to."""
+        return self.num_layers if self.layer_axes is None else math.prod(size for _, size in self.layer_axes)
+
+    def layer_of(self, index: Array | int) -> Array | int:
+        """The layer, counted from the site's first, of the map with this number in the stack; may be traced."""
+        if self.layer_axes is None:
+            return index
+        place: Array | int = 0
+        for stride, size in self.layer_axes:
+            place = place * size + index // stride % size
+        return place
 
 
 def site_id(path: str) -> int:
@@ -89,6 +107,8 @@ class AdapterInputs:
         auxiliary_scale: Balance losses enter the gradient times this; None switches them off.
         deterministic: False while training with dropout.
         num_tasks: How many tasks the statistics tell apart.
+        wired: Whether the caller's loop does what methods bring for training: rules, learning rates, penalties. Where
+            it does not say so, the first derivative logs what it leaves out.
     """
 
     segment_ids: Array | None = None
@@ -105,6 +125,7 @@ class AdapterInputs:
     auxiliary_scale: Array | None = None
     deterministic: bool = field(default=True, metadata={"static": True})
     num_tasks: int = field(default=0, metadata={"static": True})
+    wired: bool = field(default=False, metadata={"static": True})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +138,7 @@ class Adapter(Settings):
     starts_at_zero: ClassVar[bool] = True
     gate_lifetime: ClassVar[str] = "token"
     rule_name: ClassVar[str] = ""  # of a method whose rule no option switches off
+    training_inputs: ClassVar[tuple[str, ...]] = ()  # `AdapterInputs` without which a training loop leaves it out
     optional_rule: ClassVar[str] = ""  # what `rule` becomes, and with which option, where it is off by default
 
     dropout: float = 0.0  # probability of dropping an entry of x before the factors, while training
@@ -167,7 +189,7 @@ class Adapter(Settings):
         return self.rule_name
 
     def init(self, key: Array, site: Site, layer: Array, kernel: Kernel) -> Leaves:
-        """Leaves of one layer, params float32. ``layer`` is an int32 scalar and may be traced."""
+        """Leaves of one map, params float32. ``layer``, its number in the stack, is an int32 scalar, maybe traced."""
         raise TypeError(f"{type(self).__name__} must define init")
 
     def shared(self, key: Array, sites: tuple[Site, ...]) -> Leaves:

@@ -36,6 +36,7 @@ class HaLoRA(LowRank):
 
     name: ClassVar[str] = "halora"
     title: ClassVar[str] = "HaLoRA"
+    training_inputs: ClassVar[tuple[str, ...]] = ("noise_step",)
     paper: ClassVar[str] = "2502.19747"
 
     rank: int = 4  # columns of a, rows of b

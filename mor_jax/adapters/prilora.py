@@ -104,12 +104,12 @@ class PRILoRA(DiagonalLoRA):
         return max(*self.ends, self.rank)
 
     def rank_of(self, site: Site, layer: Array | int) -> Array:
-        """r_l, an int32 scalar, of a layer counted from the site's first."""
-        depth = site.depth or site.num_layers
+        """r_l, an int32 scalar, of the map with this number in the site's stack; experts of a layer have one rank."""
+        depth = site.depth or site.layers
         if depth == 1:
             return jnp.int32(self.rank)
         first, last = self.ends
-        place = (layer + site.first_layer) * (last - first)
+        place = (site.layer_of(layer) + site.first_layer) * (last - first)
         return jnp.int32(first + (2 * place + depth - 1) // (2 * (depth - 1)))
 
     def init(self, key: Array, site: Site, layer: Array, kernel: Kernel) -> Leaves:

@@ -13,10 +13,12 @@ from mor_jax.injection.leaves import (
     replace_site_kernels,
     site_kernels,
 )
-from mor_jax.injection.linear import DEFAULT_KINDS, Contraction, LinearKind
-from mor_jax.injection.plan import AdaptedSite, AdapterPlan, get_path, resolve_sites
+from mor_jax.injection.linear import DEFAULT_KINDS, Contraction, LinearKind, einsum_contraction
+from mor_jax.injection.plan import AdaptedSite, AdapterPlan
 from mor_jax.injection.ranks import cut_to_rank
+from mor_jax.injection.resolve import resolve_sites
 from mor_jax.injection.targets import ALL_LINEAR, InjectionError
+from mor_jax.injection.trained import get_path
 
 __all__ = [
     "ALL_LINEAR",
@@ -30,6 +32,7 @@ __all__ = [
     "adapter_specs",
     "count_bytes",
     "cut_to_rank",
+    "einsum_contraction",
     "get_path",
     "init_leaves",
     "init_probes",

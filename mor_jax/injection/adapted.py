@@ -8,8 +8,10 @@ balance losses enter it as gradients, because collections of our own would be dr
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -20,11 +22,16 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from mor_jax.adapters import GATED_PRODUCT, Adapter, AdapterInputs, Kernel, Leaves, site_id
+from mor_jax.injection.arguments import check_collections, check_model
 from mor_jax.injection.chain import carried_chain, initial_chain, replace_chain
 from mor_jax.injection.leaves import RESERVED, init_leaves, join, prepare_leaves, site_leaves, with_shared
-from mor_jax.injection.linear import Contraction, LinearKind, find_kind
-from mor_jax.injection.plan import AdaptedSite, AdapterPlan, first_argument, resolve_sites
+from mor_jax.injection.linear import Contraction, LinearKind, find_kind, first_argument
+from mor_jax.injection.plan import AdaptedSite, AdapterPlan
+from mor_jax.injection.resolve import resolve_sites
+from mor_jax.injection.rows import inputs_for
+from mor_jax.injection.scopes import OwnModules
 from mor_jax.injection.targets import InjectionError
+from mor_jax.injection.wiring import watch_derivatives
 
 
 @jax.custom_vjp
@@ -60,37 +67,44 @@ class _Call:
     gates: list[tuple[str, Array]] = field(default_factory=list)
     shared: dict[tuple[str, ...], tuple[Array, Any, dict[str, Array]]] = field(default_factory=dict)
     capture: Callable[[str, Array, Array], None] | None = None
+    own: OwnModules = field(default_factory=OwnModules)
+    calls: Counter = field(default_factory=Counter)  # of each site so far
 
     def intercept(self, next_fun, args, kwargs, context):
-        module = context.module
-        if context.method_name != "__call__":
-            return next_fun(*args, **kwargs)
+        with self.own.call(context.module) as path:
+            if path is None or context.method_name != "__call__":
+                return next_fun(*args, **kwargs)
+            return self._call(path, context.module, next_fun, args, kwargs)
+
+    def _call(self, path: str, module: nn.Module, next_fun, args, kwargs):
         chain = carried_chain(args[0]) if args else None
         if chain is None:
-            return self._run(module, next_fun, args, kwargs)
+            return self._run(path, module, next_fun, args, kwargs)
         self.chains.append(dict(chain.sites))
         try:
-            output = self._run(module, next_fun, args, kwargs)
+            output = self._run(path, module, next_fun, args, kwargs)
         finally:
             sites = self.chains.pop()
         changed = any(value is not chain.sites[name] for name, value in sites.items())
         return replace_chain(output, sites) if changed else output  # a remat wrapper leaves it to the block inside
 
-    def _run(self, module: nn.Module, next_fun, args, kwargs):
-        path = "/".join(module.path)
+    def _run(self, path: str, module: nn.Module, next_fun, args, kwargs):
         if path in self.plan.gates and module.has_variable("params", RESERVED):
             return self._run_block(path, module, next_fun, args, kwargs)
+        before = self.calls[path]
         output = next_fun(*args, **kwargs)
-        if path not in self.plan.paths or find_kind(module, self.plan.kinds) is None:
+        kind = find_kind(module, self.plan.kinds) if path in self.plan.paths else None
+        if kind is None or self.calls[path] > before:  # a class that calls its parent's __call__ is called twice
             return output
+        self.calls[path] += 1
         self.visited.add(path)
-        return self._adapt(self.plan[path], module, first_argument(args, kwargs), output)
+        return self._adapt(self.plan[path], kind, module, args, kwargs, output)
 
     def _run_block(self, path: str, module: nn.Module, next_fun, args, kwargs):
         bundle = module.get_variable("params", RESERVED)
         leaves = Leaves(bundle["params"])
         adapted, h = self.plan.gates[path], first_argument(args, kwargs)
-        inputs = _inputs_of(h, self.inputs)
+        inputs = inputs_for(h.shape[:-1], self.inputs)
         gates = adapted.adapter.gate(leaves, h, inputs)
         self.gates.append((path, self._watch(adapted.adapter, leaves, h, gates, bundle["probes"], inputs)))
         try:
@@ -144,48 +158,76 @@ class _Call:
         self.shared[adapted.group] = (x, module.parent, parts)
         return parts[adapted.site.path]
 
-    def _adapt(self, adapted: AdaptedSite, module: nn.Module, argument: Array, output: Array) -> Array:
-        kind = find_kind(module, self.plan.kinds)
-        assert kind is not None
+    def _adapt(self, adapted: AdaptedSite, kind: LinearKind, module: nn.Module, args, kwargs, output: Array) -> Array:
+        argument, method = first_argument(args, kwargs), adapted.adapter
         bundle = module.get_variable("params", RESERVED)
-        leaves, method = self._leaves(adapted, bundle), adapted.adapter
-        inputs = _inputs_of(argument, self.inputs)
         value = meta.unbox(module.get_variable("params", kind.kernel_leaf))
-        contraction = kind.contraction(module, argument, value.shape)
-        if inputs.key is not None:
-            key = jax.random.fold_in(inputs.key, site_id(adapted.site.path))
-            inputs = _with_key(inputs, jax.random.fold_in(key, bundle["layer"][0]))
-        kernel = Kernel(value, adapted.in_axes, adapted.out_axes)
+        contraction = _contraction(adapted, kind, module, args, kwargs, value.shape)
         bias = _bias(module, kind, contraction, output)
-        x = argument  # the identical array, so that siblings can recognise it
-        if method.dropout and not inputs.deterministic:
-            kept = _kept(x, method.dropout, inputs.key, adapted.site.path)
-            x = method.drop(x, dataclasses.replace(inputs, kept=kept))
-            clean = contraction.flatten_input(argument).astype(output.dtype)
-            inputs = dataclasses.replace(inputs, clean_x=clean, kept=contraction.flatten_input(kept))
-        elif self.capture is None and not bundle["probes"]:
-            whole = method.output(leaves, contraction.flatten_input(x).astype(output.dtype), kernel, inputs)
+        if adapted.own_axes:
+            delta = self._change_of_each(adapted, module, bundle, value, contraction, argument, output - bias)
+            return output + contraction.restore_output(delta, output)
+        dropped = method.dropout and not self.inputs.deterministic
+        if not dropped and self.capture is None and not bundle["probes"]:
+            x = contraction.flatten_input(argument).astype(output.dtype)
+            inputs, kernel = self._inputs_at(adapted, bundle, x.shape[:-1]), adapted.kernel_of(value)
+            whole = method.output(self._leaves(adapted, bundle), x, kernel, inputs)
             if whole is not None:
                 return contraction.restore_output(whole, output) + bias
-        factored = self._project(adapted, module, leaves, x, contraction, output.dtype)
+        delta = self._change(adapted, module, bundle, value, contraction, argument, output - bias)
+        if self.capture is not None:
+            self.capture(adapted.site.path, contraction.flatten_input(argument), delta)
+        return output + contraction.restore_output(delta, output)
+
+    def _change_of_each(self, adapted, module, bundle, value, contraction: Contraction, argument, base) -> Array:
+        """The change by each of the maps that a module's kernel is, (batch axes..., kept..., out)."""
+        values = jnp.moveaxis(value, contraction.batch_axes, range(adapted.own_axes))
+        x = contraction.flatten_input(argument).astype(base.dtype)
+        base = contraction.flatten_output(base, x.shape[:-1])
+        one = partial(self._change, adapted, module)
+        one = lambda bundle, value, x, base, one=one: one(bundle, value, Contraction(), x, base)  # noqa: E731
+        for _ in range(adapted.own_axes):
+            one = jax.vmap(one)
+        delta = one(dict(bundle), values, x, base)
+        if self.capture is not None:
+            self.capture(adapted.site.path, x, delta)
+        return delta
+
+    def _change(self, adapted, module, bundle, value, contraction: Contraction, argument: Array, base: Array) -> Array:
+        """The change by one map, (kept..., out), from what its module read and put out less the bias."""
+        leaves, method = self._leaves(adapted, bundle), adapted.adapter
+        kept = contraction.kept_shape(argument.shape)
+        inputs, kernel = self._inputs_at(adapted, bundle, kept), adapted.kernel_of(value)
+        x = argument  # the identical array, so that siblings can recognise it
+        if method.dropout and not inputs.deterministic:
+            left = _kept(x, method.dropout, inputs.key, adapted.site.path)
+            x = method.drop(x, dataclasses.replace(inputs, kept=left))
+            clean = contraction.flatten_input(argument).astype(base.dtype)
+            inputs = dataclasses.replace(inputs, clean_x=clean, kept=contraction.flatten_input(left))
+        factored = self._project(adapted, module, leaves, x, contraction, base.dtype)
         if adapted.gate_path is not None:
             gates = self._open_gate(adapted)
         else:
             h = factored  # a router reads x before dropout
             if method.num_gates and inputs.kept is not None:
-                h = self._project(adapted, module, leaves, argument, contraction, output.dtype)
+                h = self._project(adapted, module, leaves, argument, contraction, base.dtype)
             gates = method.gate(leaves, h, inputs)
             if gates is not None:
                 gates = self._watch(method, leaves, h, gates, bundle["probes"], inputs)
-        kept = factored.shape[:-1]
-        base = contraction.flatten_output(output - bias, kept)
+        base = contraction.flatten_output(base, factored.shape[:-1])
         delta = self._delta(adapted, leaves, factored, base, kernel, gates, inputs)
         if gates is None and bundle["probes"]:
             statistics = method.statistics(leaves, contraction.flatten_input(argument), None, inputs)
             delta = emit(delta, dict(bundle["probes"]), {name: statistics[name] for name in bundle["probes"]})
-        if self.capture is not None:
-            self.capture(adapted.site.path, contraction.flatten_input(argument), delta)
-        return output + contraction.restore_output(delta, output)
+        return delta
+
+    def _inputs_at(self, adapted: AdaptedSite, bundle: Mapping[str, Any], kept: tuple[int, ...]) -> AdapterInputs:
+        """What is known where a site reads, with a key of its own for this layer (or expert)."""
+        inputs = inputs_for(kept, self.inputs)
+        if inputs.key is None:
+            return inputs
+        key = jax.random.fold_in(inputs.key, site_id(adapted.site.path))
+        return dataclasses.replace(inputs, key=jax.random.fold_in(key, bundle["layer"][0]))
 
     def _leaves(self, adapted: AdaptedSite, bundle: Mapping[str, Any]) -> Leaves:
         own = Leaves(bundle["params"], bundle["state"], bundle["constants"])
@@ -214,14 +256,18 @@ class _Call:
         return self._factored(adapted, module, leaves, x)
 
 
-def _inputs_of(x: Array, inputs: AdapterInputs) -> AdapterInputs:
-    """What is known of the rows where a module reads (B, in), one vector for each row of tokens, as poolers do."""
-    segments = inputs.segment_ids
-    if segments is None or x.shape[:-1] == segments.shape or x.shape[:-1] != segments.shape[:1]:
-        return inputs
-    names = ("segment_ids", "prompt_mask", "task_ids", "positions")
-    known = {name: value.max(axis=1) for name in names if (value := getattr(inputs, name)) is not None}
-    return dataclasses.replace(inputs, **known)
+def _contraction(
+    adapted: AdaptedSite, kind: LinearKind, module: nn.Module, args: tuple, kwargs: Mapping[str, Any], shape: tuple
+) -> Contraction:
+    """How this call contracts, which must be as the plan has it as far as the kernel is concerned."""
+    found, planned = kind.contract(module, args, kwargs, shape), adapted.contraction
+    for name in ("in_axes", "out_axes", "batch_axes"):
+        if getattr(found, name) != getattr(planned, name):
+            raise InjectionError(
+                f"{adapted.site.path} is called with {name} {getattr(found, name)} and was planned with "
+                f"{getattr(planned, name)}: give resolve_sites example inputs as this call has them"
+            )
+    return found
 
 
 def _siblings(adapted: AdaptedSite, module: nn.Module) -> dict[str, Any]:
@@ -252,10 +298,6 @@ def _worth_keeping(adapted: AdaptedSite) -> bool:
     """
     wide = adapted.site.in_features > adapted.site.out_features
     return wide and adapted.adapter.routed and adapted.gate_path is None
-
-
-def _with_key(inputs: AdapterInputs, key: Array) -> AdapterInputs:
-    return dataclasses.replace(inputs, key=key)
 
 
 def _kept(x: Array, rate: float, key: Array | None, path: str) -> Array:
@@ -321,23 +363,26 @@ class Adapted(nn.Module):
         Raises:
             InjectionError: if the adapters are missing, or a site of the plan was not visited.
         """
-        if "adapters" not in variables:
-            raise InjectionError("no collection 'adapters' among the variables; init_leaves makes it")
+        check_model(self.base)
         plan = self.plan or self.resolve(*args, **{k: v for k, v in kwargs.items() if k not in _FLAX_ARGUMENTS})
-        variables = dict(variables)
+        check_collections(variables, plan)
+        variables, inputs = dict(variables), adapter_inputs or AdapterInputs()
         leaves = Leaves(*(variables.pop(name, {}) for name in ("adapters", "adapter_state", "adapter_constants")))
+        leaves = watch_derivatives(plan, leaves, inputs)
         probes = variables.pop("adapter_probes", {})
         params = variables.pop("params")
         joined = join(plan, params, prepare_leaves(plan, leaves, params), probes)
         common = {name: site_leaves(leaves, name) for name in plan.shared}
-        call = _Call(plan, adapter_inputs or AdapterInputs(), common, capture=capture)
+        call = _Call(plan, inputs, common, capture=capture)
         if plan.chained:
             run = lambda *args, **kwargs: self.base.apply({"params": params, **variables}, *args, **kwargs)  # noqa: E731
             kwargs["carry_extra"] = initial_chain(self.base, plan, run, args, kwargs)
+        method = kwargs.pop("method", None)
         with nn.intercept_methods(call.intercept):
-            result = self.base.apply({"params": joined, **variables}, *args, **kwargs)
+            entry = call.own.entering(self.base, method)
+            result = self.base.apply({"params": joined, **variables}, *args, method=entry, **kwargs)
         missed = [s.site.path for s in plan.sites if s.site.path not in call.visited]
-        if missed and kwargs.get("method") is None:
+        if missed and method is None:
             raise InjectionError(
                 f"{missed[0]} has an adapter but did not run in this call; exclude it from the targets"
             )

@@ -14,9 +14,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.core import meta
 
-from mor_jax.injection.linear import find_kind
-from mor_jax.injection.plan import AdapterPlan, first_argument
+from mor_jax.injection.linear import find_kind, first_argument
+from mor_jax.injection.plan import AdapterPlan
+from mor_jax.injection.scopes import OwnModules
 from mor_jax.injection.targets import InjectionError
 
 ARGUMENT = "carry_extra"
@@ -65,21 +67,24 @@ def initial_chain(
             f"{ARGUMENT!r} to carry them through its layers; choose form='block', which needs none"
         )
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {}
+    own = OwnModules()
 
     def record(next_fun, args, kwargs, context):
-        output = next_fun(*args, **kwargs)
-        module, path = context.module, "/".join(context.module.path)
-        if context.method_name == "__call__" and path in plan.paths and plan[path].chain in plan.chained:
+        module = context.module
+        with own.call(module) as path:
+            output = next_fun(*args, **kwargs)
+            if context.method_name != "__call__" or path not in plan.paths or plan[path].chain not in plan.chained:
+                return output
             kind = find_kind(module, plan.kinds)
-            assert kind is not None
-            shape = module.get_variable("params", kind.kernel_leaf).shape
-            argument = first_argument(args, kwargs)
-            x = kind.contraction(module, argument, shape).flatten_input(argument)
-            shapes.setdefault(plan[path].chain, (x.shape[:-1], output.dtype))
-        return output
+            if kind is not None:
+                shape = meta.unbox(module.get_variable("params", kind.kernel_leaf)).shape
+                x = kind.contract(module, args, kwargs, shape).flatten_input(first_argument(args, kwargs))
+                shapes.setdefault(plan[path].chain, (x.shape[:-1], output.dtype))
+            return output
 
     with nn.intercept_methods(record):
-        jax.eval_shape(lambda: run(*args, **kwargs))
+        entered = {**kwargs, "method": own.entering(model, kwargs.get("method"))}
+        jax.eval_shape(lambda: run(*args, **entered))
     sites = {}
     for name in plan.chained:
         if name not in shapes:

@@ -18,7 +18,9 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from mor_jax.adapters import AdapterInputs, Kernel, Leaves, site_id
-from mor_jax.injection.plan import AdaptedSite, AdapterPlan, get_path
+from mor_jax.injection.arguments import check_leaves, check_params
+from mor_jax.injection.plan import AdaptedSite, AdapterPlan
+from mor_jax.injection.trained import get_path
 
 RESERVED = "adapter"
 
@@ -35,6 +37,7 @@ def _layer_axes_leading(value: Array, adapted: AdaptedSite) -> Array:
 
 
 def _layer_axes_stored(value: Array, positions: tuple[int, ...]) -> Array:
+    """``value`` with its first axes moved to ``positions``, as far as it has so many; by rising position."""
     places = tuple(min(p, value.ndim - 1) for p in positions)
     return jnp.moveaxis(value, range(len(places)), places)
 
@@ -47,7 +50,7 @@ def site_kernels(params: Mapping[str, Any], adapted: AdaptedSite) -> Kernel:
 
 def replace_site_kernels(params: Mapping[str, Any], adapted: AdaptedSite, stacked: Array) -> dict[str, Any]:
     """``params`` with the site's kernel replaced by ``stacked``, layer axes leading, in the kernel's own layout."""
-    value = _layer_axes_stored(stacked, adapted.stack_positions)
+    value = jnp.moveaxis(stacked, range(len(adapted.stack_positions)), adapted.stack_positions)
     old = get_path(params, adapted.kernel_path)
     if isinstance(old, meta.AxisMetadata):
         value = old.replace_boxed(value)
@@ -62,13 +65,17 @@ def over_layers(function: Callable[..., Any], adapted: AdaptedSite) -> Callable[
 
 
 def init_leaves(key: Array, plan: AdapterPlan, params: Mapping[str, Any]) -> Leaves:
-    """All adapters' leaves, trained modules copied in float32.
+    """All adapters' leaves, trained modules copied in float32. Layers and experts have a draw each.
 
     Args:
         key: The root key; a site's key depends on its path and layer alone, not on what else is adapted.
         plan: From ``resolve_sites``.
         params: The frozen base parameters (DoRA reads its kernels' norms).
+
+    Raises:
+        InjectionError: ``params`` is something else, or of another model.
     """
+    check_params(params, plan)
     params_tree: dict[str, Any] = {}
     trees = Leaves(params_tree, {}, {})
     for adapted in plan.sites:
@@ -112,23 +119,37 @@ def with_shared(own: Leaves, shared: Leaves) -> Leaves:
     return Leaves(*({**tree, **part} for tree, part in zip(own, shared, strict=True)))
 
 
+def _by_layer(value: Array, adapted: AdaptedSite) -> Array:
+    """(stack..., ...) as (layers, experts, ...)."""
+    depth = len(adapted.stack_sizes)
+    layers = [axis for axis in range(depth) if axis not in adapted.expert_axes]
+    moved = jnp.moveaxis(value, layers, range(len(layers)))
+    return moved.reshape(adapted.site.layers, -1, *value.shape[depth:])
+
+
+def _by_stack(value: Array, adapted: AdaptedSite) -> Array:
+    """(layers, experts, ...) as (stack..., ...)."""
+    sizes = adapted.stack_sizes
+    layers = [axis for axis in range(len(sizes)) if axis not in adapted.expert_axes]
+    order = (*layers, *adapted.expert_axes)
+    apart = value.reshape(*(sizes[axis] for axis in order), *value.shape[2:])
+    return jnp.moveaxis(apart, range(len(layers)), layers)
+
+
 def link_leaves(plan: AdapterPlan, leaves: Leaves) -> Leaves:
     """Leaves with what each layer's method needs of the earlier layers' leaves, whether they are stacked or apart."""
+    check_leaves(leaves)
     trees: tuple[dict[str, Any], ...] = tuple(dict(tree) for tree in leaves)
     for sites in plan.chains.values():
         method = sites[0].adapter
         if not method.linked or any(s.site.path not in leaves.params for s in sites):
             continue
-        flat = [
-            jax.tree.map(lambda v, s=s: v.reshape(s.site.num_layers, *v.shape[len(s.stack_sizes) :]), own)
-            for s in sites
-            for own in (site_leaves(leaves, s.site.path),)
-        ]
-        linked = method.link(jax.tree.map(lambda *layers: jnp.concatenate(layers), *flat))
+        own = [jax.tree.map(lambda v, s=s: _by_layer(v, s), site_leaves(leaves, s.site.path)) for s in sites]
+        linked = jax.vmap(method.link, in_axes=1, out_axes=1)(jax.tree.map(lambda *v: jnp.concatenate(v), *own))
         start = 0
         for s in sites:
-            end = start + s.site.num_layers
-            own = jax.tree.map(lambda v, s=s, i=start, j=end: v[i:j].reshape(*s.stack_sizes, *v.shape[1:]), linked)
+            end = start + s.site.layers
+            own = jax.tree.map(lambda v, s=s, i=start, j=end: _by_stack(v[i:j], s), linked)
             start = end
             for tree, part in zip(trees, own, strict=True):
                 if part:
@@ -138,6 +159,7 @@ def link_leaves(plan: AdapterPlan, leaves: Leaves) -> Leaves:
 
 def prepare_leaves(plan: AdapterPlan, leaves: Leaves, params: Mapping[str, Any]) -> Leaves:
     """Leaves with what each method computes once a step; differentiable, and the identity on its own result."""
+    check_params(params, plan)
     leaves = link_leaves(plan, leaves)
     trees: tuple[dict[str, Any], ...] = tuple(dict(tree) for tree in leaves)
     for adapted in plan.sites:
@@ -161,7 +183,7 @@ def join(
         own = site_leaves(leaves, path)
         layers = jnp.arange(adapted.site.num_layers, dtype=jnp.int32).reshape(*adapted.stack_sizes, 1)
         bundle = {**own._asdict(), "layer": layers, "probes": dict(probes.get(path, {}))}
-        bundle = jax.tree.map(lambda v, a=adapted: _layer_axes_stored(v, a.stack_positions), bundle)
+        bundle = jax.tree.map(lambda v, a=adapted: _layer_axes_stored(v, a.lifted_positions), bundle)
         joined = set_path(joined, (*path.split("/"), RESERVED), bundle)
     for path, adapted in plan.gates.items():
         bundle = {"params": leaves.params[path], "probes": dict(probes.get(path, {}))}

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from mor_jax.adapters import Leaves
+from mor_jax.injection.arguments import check_leaves
 from mor_jax.injection.leaves import site_leaves
 from mor_jax.injection.plan import AdaptedSite, AdapterPlan
 
@@ -16,6 +17,7 @@ def cut_to_rank(plan: AdapterPlan, leaves: Leaves, rank: int) -> tuple[AdapterPl
     Raises:
         ValueError: a site's method has one rank only, or ``rank`` is out of its range; names the site.
     """
+    check_leaves(leaves)
     sites: list[AdaptedSite] = []
     trees: tuple[dict[str, Any], ...] = tuple(dict(tree) for tree in leaves)
     for adapted in plan.sites:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from mor_jax.adapters import Adapter
 
 ALL_LINEAR = "all-linear"
-HEAD_NAMES = ("lm_head", "head", "logits", "classifier", "score")
 
 
 class InjectionError(ValueError):
@@ -34,25 +34,47 @@ def nearest_names(pattern: str, paths: Iterable[str]) -> str:
     return f"nearest: {', '.join(near[:12])}"
 
 
-def _select(pattern: str, paths: Iterable[str], unknown: Iterable[str]) -> list[str]:
-    if pattern == ALL_LINEAR:
-        hits = [p for p in paths if not set(p.split("/")) & set(HEAD_NAMES)]
-    else:
-        hits = [p for p in paths if matches(pattern, p)]
-    if not hits:
-        held = [p for p in unknown if pattern != ALL_LINEAR and matches(pattern, p)]
-        if held:
-            raise InjectionError(
-                f"target {pattern!r} matches {held[0]}, which holds a matrix but is no known linear module; "
-                "register its class with a LinearKind"
-            )
-        raise InjectionError(f"target {pattern!r} matches no linear module; {nearest_names(pattern, paths)}")
-    return hits
+@dataclass(frozen=True)
+class Candidates:
+    """What a model has to adapt, by path.
+
+    Attributes:
+        linear: Its linear maps, in the model's order.
+        heads: Those of them that are output heads.
+        failed: Linear modules that are not one linear map, and why.
+        unknown: Other modules that hold matrices, and what they are.
+    """
+
+    linear: tuple[str, ...]
+    heads: frozenset[str] = frozenset()
+    failed: Mapping[str, str] = field(default_factory=dict)
+    unknown: Mapping[str, str] = field(default_factory=dict)
+
+    def select(self, pattern: str) -> list[str]:
+        """Paths of the linear maps that ``pattern`` stands for.
+
+        Raises:
+            InjectionError: if there are none, or a module is named that is not one linear map.
+        """
+        if pattern == ALL_LINEAR:
+            hits = [p for p in self.linear if p not in self.heads]
+            left = {**self.unknown, **self.failed, **dict.fromkeys(self.heads, "is an output head")}
+        else:
+            hits = [p for p in self.linear if matches(pattern, p)]
+            left = {path: why for path, why in self.unknown.items() if matches(pattern, path)}
+            for path, why in self.failed.items():
+                if matches(pattern, path):
+                    raise InjectionError(f"target {pattern!r} matches {path}, which can't be adapted: {why}")
+        if not hits:
+            for path, why in left.items():
+                verb = "finds nothing to adapt: it leaves out" if pattern == ALL_LINEAR else "matches"
+                raise InjectionError(f"target {pattern!r} {verb} {path or 'the model itself'}, which {why}")
+            raise InjectionError(f"target {pattern!r} matches no linear module; {nearest_names(pattern, self.linear)}")
+        return hits
 
 
 def assign_adapters(
-    paths: list[str],
-    unknown: list[str],
+    candidates: Candidates,
     adapter: Adapter,
     targets: tuple[str, ...],
     overrides: tuple[tuple[str, Adapter], ...],
@@ -60,8 +82,7 @@ def assign_adapters(
     """Which adapter each site gets, in the model's order.
 
     Args:
-        paths: Paths of the model's linear modules.
-        unknown: Paths of other modules that hold one matrix.
+        candidates: What the model has.
         adapter: The method of every target that no override names.
         targets: Names, regular expressions or "all-linear".
         overrides: (pattern, method) pairs; a pattern may also name a site that ``targets`` leaves out.
@@ -73,10 +94,10 @@ def assign_adapters(
         raise InjectionError(f"no targets given; name modules or use {ALL_LINEAR!r}")
     chosen: dict[str, Adapter] = {}
     for pattern in targets:
-        chosen |= dict.fromkeys(_select(pattern, paths, unknown), adapter)
+        chosen |= dict.fromkeys(candidates.select(pattern), adapter)
     claimed: dict[str, tuple[str, Adapter]] = {}
     for pattern, other in overrides:
-        for path in _select(pattern, paths, unknown):
+        for path in candidates.select(pattern):
             before = claimed.setdefault(path, (pattern, other))
             if before[1] != other:
                 raise InjectionError(
@@ -84,4 +105,17 @@ def assign_adapters(
                     "make one of them narrower"
                 )
             chosen[path] = other
-    return {path: chosen[path] for path in paths if path in chosen}
+    return {path: chosen[path] for path in candidates.linear if path in chosen}
+
+
+def left_out(candidates: Candidates, targets: tuple[str, ...], chosen: Iterable[str]) -> dict[str, str]:
+    """{path: why} of what the targets might have meant and did not get.
+
+    Modules that failed always; with "all-linear" heads and unknown modules too; else unknown ones that a target names
+    beside linear maps.
+    """
+    found = dict(candidates.failed)
+    for path, why in {**dict.fromkeys(candidates.heads, "is an output head"), **candidates.unknown}.items():
+        if ALL_LINEAR in targets or any(path in candidates.unknown and matches(target, path) for target in targets):
+            found[path] = why
+    return {path: why for path, why in found.items() if path not in set(chosen)}

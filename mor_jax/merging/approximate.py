@@ -15,6 +15,7 @@ from jax import Array
 from mor_jax.adapters import Adapter, Leaves
 from mor_jax.finite import NotFiniteError
 from mor_jax.injection import AdapterPlan
+from mor_jax.injection.arguments import check_leaves, check_params
 from mor_jax.merging.calibration import Batch, ModelCall, language_model_call
 from mor_jax.merging.exact import merge
 from mor_jax.merging.fidelity import FidelityReport, check_unseen, measure_fidelity
@@ -101,6 +102,8 @@ def merge_routed(
         ValueError: for an unknown ``gates`` or task, no data, or held-out rows among the calibration rows.
         NotFiniteError: No merge has a finite KL.
     """
+    check_params(params, plan)
+    check_leaves(leaves)
     others = others or {}
     names = _known_merges(gates, others)
     report = functools.partial(measure_fidelity, model, params, leaves, plan, call=call)

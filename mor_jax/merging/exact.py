@@ -23,6 +23,7 @@ from jax.core import Tracer
 from mor_jax.adapters import Adapter, Kernel, Leaves, NotMergeable
 from mor_jax.adapters.precision import full_precision
 from mor_jax.injection import AdaptedSite, AdapterPlan, get_path, link_leaves, replace_site_kernels, site_kernels
+from mor_jax.injection.arguments import check_leaves, check_params
 from mor_jax.injection.leaves import set_path, site_leaves, with_shared
 
 Params = Mapping[str, Any]
@@ -200,7 +201,10 @@ def merge(
 
     Raises:
         NotMergeable: if such a method has none; the message names the site and what to do instead.
+        InjectionError: if ``params`` or ``leaves`` is something else.
     """
+    check_params(params, plan)
+    check_leaves(leaves)
     merged, leaves = dict(params), link_leaves(plan, leaves)
     for adapted in plan.sites:
         merged = merge_site(merged, leaves, adapted, gates)

@@ -13,6 +13,7 @@ from jax import Array
 from mor_jax.adapters import DoRA, Kernel, Leaves, LoRA, NotMergeable
 from mor_jax.adapters.precision import full_precision
 from mor_jax.injection import AdaptedSite, AdapterPlan, link_leaves, site_kernels
+from mor_jax.injection.arguments import check_params
 from mor_jax.injection.leaves import site_leaves, with_shared
 
 
@@ -31,6 +32,7 @@ def as_lora(plan: AdapterPlan, leaves: Leaves, params: Mapping[str, Any]) -> tup
     Raises:
         NotMergeable: a site's method is no constant product of two thin factors.
     """
+    check_params(params, plan)
     linked = link_leaves(plan, leaves)
     others = [adapted for adapted in plan.sites if not isinstance(adapted.adapter, LoRA | DoRA)]
     return with_loras(plan, leaves, {adapted.site.path: _site_factors(adapted, linked, params) for adapted in others})

@@ -24,6 +24,7 @@ import numpy as np
 from mor_jax.adapters import Adapter, Leaves
 from mor_jax.adapters.registry import make_adapter
 from mor_jax.injection import DEFAULT_KINDS, AdapterPlan, LinearKind, init_leaves, resolve_sites
+from mor_jax.injection.arguments import check_leaves, check_params, check_plan
 from mor_jax.models.tensor_file import save_tensors
 from mor_jax.processes import barrier, gathered, is_first
 from mor_jax.training.checkpoint import fingerprint
@@ -56,7 +57,12 @@ def save_adapter(
 
     Returns:
       Path of the folder.
+
+    Raises:
+      InjectionError: `plan` or `leaves` is something else.
     """
+    check_plan(plan)
+    check_leaves(leaves)
     directory, leaves = Path(directory), gathered(leaves)
     if is_first():
         _write(directory, plan, leaves, metadata or {})
@@ -111,7 +117,7 @@ def load_adapter(
       IntegrityError: a file fails its check.
       AdapterFileError: the format is newer, or older and its numbers meant something else; the base is another, names
         or shapes do not fit, or other constants come out than those it was trained with.
-      InjectionError: the model lacks one of the sites, or `kinds` does not name its class.
+      InjectionError: the model lacks one of the sites, `kinds` does not name its class, or `params` are not its own.
     """
     from safetensors.numpy import load_file
 
@@ -119,6 +125,7 @@ def load_adapter(
     metadata = read_description(directory)
     plan = resolve_plan(metadata, model, *example, kinds=kinds, **kwargs)
     check_meaning(directory / DESCRIPTION, plan, metadata["version"])
+    check_params(params, plan)
     stored = metadata.get("base_fingerprint")
     if check_base and stored is not None and stored != fingerprint(params):
         raise AdapterFileError(

@@ -317,7 +317,9 @@ def _one_step(
         leaves = Leaves(state.adapters, state.adapter_state, constants)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl="threefry2x32"), state.step)
         rank = _draw_rank(plan, key)
-        base = AdapterInputs(deterministic=deterministic, num_tasks=num_tasks, rank=rank, noise_step=state.step)
+        base = AdapterInputs(
+            deterministic=deterministic, num_tasks=num_tasks, rank=rank, noise_step=state.step, wired=True
+        )
         total, tokens, gradient, statistics = sums(leaves, params, batch, base, key)
         scale = 1.0 / jnp.maximum(tokens, 1.0)
         mean, gradient = total * scale, jax.tree.map(lambda g: g * scale, gradient)
