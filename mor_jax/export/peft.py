@@ -30,6 +30,7 @@ from mor_jax.models.tensor_file import new_folder, save_tensors
 from mor_jax.models.tensors import TensorEntry, tensor_table
 from mor_jax.processes import gathered
 from mor_jax.training.integrity import write_manifest
+from mor_jax.training.recorded_base import absolute_path, expanded_path
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -70,7 +71,9 @@ def export_peft(
       leaves: their arrays.
       config: of the base, which names the modules.
       directory: to be made; must not exist, or be empty.
-      base_model: what `base_model_name_or_path` says.
+      base_model: what `base_model_name_or_path` says: a folder, by its absolute path, so that PEFT finds it from
+        anywhere on this machine, or else a name on the hub. The `_name_or_path` in a base's config.json is no such
+        name: in a fine-tuned model it is that of its parent.
       report: how well this adapter imitates another, saved as `fidelity.json`.
 
     Raises:
@@ -142,7 +145,7 @@ def peft_config(plan: AdapterPlan, config: ModelConfig, *, base_model: str | os.
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if isinstance(config, EncoderConfig) else "CAUSAL_LM",
-        "base_model_name_or_path": str(base_model) or None,
+        "base_model_name_or_path": _base_name(base_model),
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {name: r for name, (r, _) in own.items() if r != rank},
@@ -156,6 +159,11 @@ def peft_config(plan: AdapterPlan, config: ModelConfig, *, base_model: str | os.
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
+
+
+def _base_name(base_model: str | os.PathLike) -> str | None:
+    name = expanded_path(base_model)
+    return absolute_path(name) if name and os.path.isdir(name) else name or None
 
 
 def _check_methods(plan: AdapterPlan) -> list[Any]:

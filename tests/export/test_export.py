@@ -263,6 +263,20 @@ def test_what_peft_cannot_hold_is_refused_with_the_format_that_can(tmp_path, met
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("given", "named"), [("base", "HERE/base"), ("base/", "HERE/base"), ("~/base", "HERE/base"), ("owner/name", None)]
+)
+def test_a_folder_is_named_by_its_absolute_path_and_anything_else_as_it_is(monkeypatch, tmp_path, given, named):
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    plan = resolve_sites(Decoder(CONFIG), LoRA(rank=2), ("q_proj",), EXAMPLE)
+    expected = (named or given).replace("HERE", str(tmp_path))
+    assert peft_config(plan, CONFIG, base_model=given)["base_model_name_or_path"] == expected
+    assert peft_config(plan, CONFIG, base_model=Path(given))["base_model_name_or_path"] == expected
+    assert peft_config(plan, CONFIG)["base_model_name_or_path"] is None
+
+
 def test_names_are_short_where_every_module_of_a_name_is_adapted():
     loop = dataclasses.replace(CONFIG, scan_layers=False)
     plan = resolve_sites(Decoder(loop), LoRA(rank=2), ("q_proj", r"layers_1/mlp/up_proj"), EXAMPLE)

@@ -109,6 +109,21 @@ def test_small_numbers_are_rounded_to_the_nearest_of_float16(tmp_path):
     )
 
 
+def test_numbers_in_float64_are_read_and_written_in_float32(mixed, tmp_path):
+    base, params, whole = mixed
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text((base / "config.json").read_text())
+    save_file(
+        {name: value.astype(np.float64) for name, value in whole.items()}, tmp_path / "base" / "model.safetensors"
+    )
+    assert set(stored_dtypes(tmp_path / "base", CONFIG).values()) == {F32}
+    stored = load_params(tmp_path / "base", CONFIG, dtype="stored")
+    save_params(stored, CONFIG, tmp_path / "out", tmp_path / "base")
+    for name, value in read(tmp_path / "out").items():
+        assert value.dtype == F32
+        np.testing.assert_array_equal(value, whole[name])
+
+
 def test_what_config_json_says_of_the_dtype(mixed, tmp_path):
     base, params, _ = mixed
     path = base / "config.json"
