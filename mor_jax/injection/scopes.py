@@ -44,8 +44,9 @@ class OwnModules:
         function = getattr(run, "__func__", run)
 
         def enter(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            self.root: Any = module.scope
-            self.root.flags = FrozenDict({**self.root.flags, "intercepted": _NeverTheSame()})
+            self.root = scope = module.scope
+            assert scope is not None
+            scope.flags = FrozenDict({**scope.flags, "intercepted": _NeverTheSame()})
             return function(module, *args, **kwargs)
 
         return enter

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -48,8 +49,8 @@ def watch_derivatives(plan: AdapterPlan, leaves: Leaves, inputs: AdapterInputs) 
         path, rank = adapted.site.path, adapted.adapter.largest_drawn_rank
         undrawn = adapted.adapter if rank and inputs.rank is None else None
         if missing[path] or undrawn is not None:
-            tell = functools.partial(_tell, undrawn, told)
-            params[path] = {name: _noticed(tell, value) for name, value in leaves.params.get(path, {}).items()}
+            tell = partial(_tell, undrawn, told)
+            params[path] = jax.tree.map(partial(_noticed, tell), params.get(path, {}))
     return leaves._replace(params=params)
 
 
