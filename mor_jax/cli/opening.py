@@ -317,7 +317,7 @@ def _dtypes(directory: str, config: ModelConfig, kept: str) -> set[Any]:
     return set(stored_dtypes(directory, config).values()) if kept == STORED else {jnp.dtype(kept)}
 
 
-def _check_finite(params: Mapping[str, Mapping[str, Any]], run: Path) -> None:
+def _check_finite(params: Mapping[str, Any], run: Path) -> None:
     """Raises NotFiniteError unless all trained numbers, {site path: {leaf: array}}, are finite."""
     for path, own in params.items():
         for place, leaf in jax.tree_util.tree_leaves_with_path(own):

@@ -17,7 +17,9 @@ Batches = Iterable[Batch] | Mapping[str, Iterable[Batch]]
 
 def grouped(batches: Batches) -> dict[str, Iterable[Batch]]:
     """{task: batches}; batches of no named task are of the task ""."""
-    return dict(batches) if isinstance(batches, Mapping) else {"": batches}
+    if isinstance(batches, Mapping):
+        return {str(task): own for task, own in batches.items()}
+    return {"": batches}
 
 
 def by_task(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -194,7 +194,7 @@ def test_the_files_of_glue(tmp_path, task):
     split, header, line = GLUE[task]
     source = SHARED / f"data/glue/{task}/{split}.jsonl"
     if not source.exists():
-        pytest.skip(f"the data are not on this machine: no {source}")
+        pytest.skip(f"the real data are not on this machine: no {source}")
     records = [json.loads(row) for row in source.read_text(encoding="utf-8").split("\n") if row]
     path = tmp_path / f"{split}.tsv"
     text = header + "".join(line.format(number=number, **record) for number, record in enumerate(records))
