@@ -139,6 +139,25 @@ class LanguageModel(nn.Module):
         return embed.attend(nn.LayerNorm()(x)) / 4
 
 
+class MixtureOfExperts(nn.Module):
+    """Soft mixtures: every expert reads every token, by one kernel (experts, in, out), and one of them under vmap."""
+
+    @nn.compact
+    def __call__(self, ids):
+        h = nn.Embed(40, 16, name="table")(ids)
+        gates = nn.softmax(nn.Dense(3, name="gate")(h))
+        spread = jnp.broadcast_to(h, (3, *h.shape))
+        inner = nn.gelu(nn.DenseGeneral(24, batch_dims=(0,), name="up")(spread))
+        axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+        outer = nn.vmap(nn.Dense, **axes)(16, use_bias=False, name="down")(inner)
+        h = h + jnp.einsum("ebsd,bse->bsd", outer, gates)
+        return nn.Dense(40, name="vocabulary")(h)
+
+
+def mixture_of_experts() -> Foreign:
+    return Foreign(MixtureOfExperts(), (TOKENS,), ("gate", "up", "down"))
+
+
 def language_model() -> Foreign:
     return Foreign(LanguageModel(), (TOKENS,), ("query", "value", "attention.out", "mlp_in", "mlp_out"))
 
@@ -154,6 +173,7 @@ def convolutional_net() -> Foreign:
 MODELS = {
     "gemma": gemma,
     "language_model": language_model,
+    "mixture_of_experts": mixture_of_experts,
     "vision_transformer": vision_transformer,
     "convolutional_net": convolutional_net,
 }

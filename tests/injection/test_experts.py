@@ -17,7 +17,7 @@ import one_layer
 
 from mor_jax.adapters import METHODS, AdapterInputs, LoRA, MoR, NotMergeable, PRILoRA, ResLoRA
 from mor_jax.injection import Adapted, InjectionError, adapter_specs, init_leaves, init_probes, resolve_sites
-from mor_jax.merging import merge
+from mor_jax.merging import least_squares, merge
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 METHOD_CASES = [(name, layout) for name in METHODS for layout in LAYOUTS if layout != "vmap" or name in ("lora", "mor")]
@@ -196,3 +196,22 @@ def test_segments_of_tokens_say_nothing_of_rows_that_were_sent_to_experts():
     y = Adapted(model, plan).apply({"params": params, "adapters": leaves.params}, x, adapter_inputs=inputs)
     np.testing.assert_array_equal(y, run(model, plan, params, leaves, x))
     assert y.shape == (EXPERTS, ROWS, INNER)
+
+
+@pytest.mark.parametrize("layout", ["vmap", "batch_dims"])
+def test_a_routed_method_merges_by_least_squares_expert_by_expert(layout):
+    """Against NumPy's solution of each expert's own regression in float64."""
+    model = Experts(layout)
+    x, params, plan, _, leaves = made(model, MoR(rank=2, num_experts=3))
+
+    def call(batch):
+        return (batch["x"],), {}, AdapterInputs()
+
+    change = least_squares(model, params, leaves, plan, [{"x": x}], call=call, sequential=False, ridge=1e-3)
+    change = change.changes["proj"]
+    delta = np.float64(run(model, plan, params, leaves, x)) - np.float64(model.apply({"params": params}, x))
+    for e, own in enumerate(np.float64(x)):
+        moment = own.T @ own / ROWS
+        ridge = 1e-3 * np.trace(moment) / WIDTH * np.eye(WIDTH)
+        expected = np.linalg.solve(moment + ridge, own.T @ delta[e] / ROWS)
+        np.testing.assert_allclose(change[e], expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
