@@ -135,7 +135,11 @@ def test_axes_of_explicit_type(name, leaves):
         params = _put(mesh, case.params, columns)
         adapters, x = _put(mesh, case.leaves.params, own), _put(mesh, case.x, PartitionSpec("data"))
         value, gradient = jax.jit(jax.value_and_grad(case.loss))(adapters, x, params)
-        jax.tree.map(lambda g, v: g.sharding.is_equivalent_to(v.sharding, g.ndim) or pytest.fail(), gradient, adapters)
+        jax.tree.map(
+            lambda g, v: g.sharding.is_equivalent_to(v.sharding, g.ndim) or pytest.fail("split otherwise"),
+            gradient,
+            adapters,
+        )
     _close((value, gradient), expected)
 
 
