@@ -51,7 +51,8 @@ def test_decoders(capsys, tmp_path, name):
     asked = ("--prompt", golden["text"], "--max-new-tokens", "12", "--greedy")
     told = run_json(capsys, "generate", str(model), *asked)
     known = golden["greedy_ids"][start : start + 12]
-    assert told == {"text": tokenizer.decode(known, skip_special_tokens=True), "tokens": len(known)}
+    text = tokenizer.decode(known, skip_special_tokens=True)
+    assert told == {"text": text, "tokens": len(known), "token_ids": known}
 
     listed = run_json(capsys, "inspect", str(model), *METHOD)
     assert listed["frozen_parameters"] == frozen
@@ -67,7 +68,8 @@ def test_decoders(capsys, tmp_path, name):
         ids = theirs.generate(torch.tensor([golden["input_ids"]]), do_sample=False, max_new_tokens=12, pad_token_id=0)
     new = ids[0, start:]
     written = run_json(capsys, "generate", run, *asked)
-    assert written == {"text": tokenizer.decode(new, skip_special_tokens=True), "tokens": len(new)}
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    assert written == {"text": text, "tokens": len(new), "token_ids": new.tolist()}
     assert written != told  # two steps of this rate are felt
 
 
