@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mor_jax.adapters import METHODS, AdapterInputs, DoRA, Leaves, LoRA, MoR, NotMergeable, RsLoRA, make_adapter
     from mor_jax.injection import Adapted, LinearKind, init_leaves, resolve_sites
-    from mor_jax.merging import merge
+    from mor_jax.merging import check_merge, merge
     from mor_jax.models import Decoder, DecoderConfig, load_params, read_config
     from mor_jax.training import TrainConfig, make_step, train
 
@@ -28,7 +28,7 @@ _ROOMS = {
         "make_adapter",
     ),
     "injection": ("Adapted", "LinearKind", "init_leaves", "resolve_sites"),
-    "merging": ("merge",),
+    "merging": ("check_merge", "merge"),
     "models": ("Decoder", "DecoderConfig", "load_params", "read_config"),
     "training": ("TrainConfig", "make_step", "train"),
 }
@@ -47,6 +47,7 @@ __all__ = [
     "NotMergeable",
     "RsLoRA",
     "TrainConfig",
+    "check_merge",
     "init_leaves",
     "load_params",
     "make_adapter",

@@ -246,7 +246,7 @@ class Adapter(Settings):
         """Base output and change in one, (..., out) less the bias, where that is cheaper than their sum; else None.
 
         The same number as ``x @ kernel + delta``, in whose place it may be taken: the base's own product is then not
-        computed. x is (..., in) itself, in the dtype of the result.
+        computed. Asked only where the module surely is that product. x is (..., in) itself, in the dtype of the result.
         """
         return None
 

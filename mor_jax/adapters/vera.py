@@ -60,7 +60,7 @@ def _product_tangent(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> t
     if kernel_dot is not None or a_dot is not None or b_dot is not None:
         given = zip(primals[1:4], (kernel_dot, a_dot, b_dot), strict=True)
         frozen_dot = tuple(jnp.zeros_like(p) if t is None else t for p, t in given)
-        _, merged_dot = jax.jvp(lambda *frozen: _merged(*frozen, d, lam_b), primals[1:4], frozen_dot)
+        _, merged_dot = jax.jvp(lambda w, a, b: _merged(w, a, b, d, lam_b), primals[1:4], frozen_dot)
         parts.append(jnp.matmul(x, merged_dot))
     change = sum(parts[1:], parts[0])
     # Along axes of explicit type a sum is split as the finer of its terms is, and the tangent as y is.

@@ -23,36 +23,17 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mor_jax.adapters import GATED_PRODUCT, Adapter, AdapterInputs, Kernel, Leaves, site_id
 from mor_jax.injection.arguments import check_collections, check_model
+from mor_jax.injection.carriers import add_gradient, emit
 from mor_jax.injection.chain import carried_chain, initial_chain, replace_chain
 from mor_jax.injection.leaves import RESERVED, init_leaves, join, prepare_leaves, site_leaves, with_shared
 from mor_jax.injection.linear import Contraction, LinearKind, find_kind, first_argument
 from mor_jax.injection.plan import AdaptedSite, AdapterPlan
+from mor_jax.injection.products import is_product
 from mor_jax.injection.resolve import resolve_sites
 from mor_jax.injection.rows import inputs_for
 from mor_jax.injection.scopes import OwnModules
 from mor_jax.injection.targets import InjectionError
 from mor_jax.injection.wiring import watch_derivatives
-
-
-@jax.custom_vjp
-def emit(carrier: Array, probes: Any, statistics: Any) -> Array:
-    """``carrier`` unchanged; the gradient of ``probes`` is ``statistics``."""
-    return carrier
-
-
-emit.defvjp(
-    lambda carrier, probes, statistics: (carrier, statistics),
-    lambda statistics, g: (g, statistics, jax.tree.map(jnp.zeros_like, statistics)),
-)
-
-
-@jax.custom_vjp
-def add_gradient(carrier: Array, gradient: Array) -> Array:
-    """``carrier`` unchanged; its gradient grows by ``gradient``."""
-    return carrier
-
-
-add_gradient.defvjp(lambda carrier, gradient: (carrier, gradient), lambda gradient, g: (g + gradient, None))
 
 
 @dataclass
@@ -168,7 +149,8 @@ class _Call:
             delta = self._change_of_each(adapted, module, bundle, value, contraction, argument, output - bias)
             return output + contraction.restore_output(delta, output)
         dropped = method.dropout and not self.inputs.deterministic
-        if not dropped and self.capture is None and not bundle["probes"]:
+        watched = self.capture is not None or bundle["probes"]
+        if not dropped and not watched and is_product(module, kind, value):
             x = contraction.flatten_input(argument).astype(output.dtype)
             inputs, kernel = self._inputs_at(adapted, bundle, x.shape[:-1]), adapted.kernel_of(value)
             whole = method.output(self._leaves(adapted, bundle), x, kernel, inputs)

@@ -66,6 +66,7 @@ class Discovery:
         ndims: Axes of every parameter where its module reads it, by path.
         read: What every module was called with, arrays by identity.
         params: The shapes of the parameters, marks among them.
+        collections: Those of all variables, the parameters too.
         heads: Paths of linear modules whose output is the model's.
     """
 
@@ -77,6 +78,7 @@ class Discovery:
     ndims: dict[str, int] = field(default_factory=dict)
     read: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     params: Mapping[str, Any] = field(default_factory=dict)
+    collections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     heads: set[str] = field(default_factory=set)
     own: OwnModules = field(default_factory=OwnModules)
 
@@ -135,11 +137,12 @@ class Discovery:
                 )
             outputs = [leaf for leaf in jax.tree.leaves(output) if hasattr(leaf, "dtype")]
             counts.append(len(outputs))
-            return outputs, variables.get("params", {})
+            return outputs, variables
 
         counts: list[int] = []
         key = jax.eval_shape(lambda: jax.random.key(0))
-        program, (_, self.params) = jax.make_jaxpr(run, return_shape=True)(key, traced)
+        program, (_, self.collections) = jax.make_jaxpr(run, return_shape=True)(key, traced)
+        self.params = self.collections.get("params", {})
         widths = {path: self.out_features(path) for path, visit in self.visits.items() if visit.contraction is not None}
         self.heads = heads_by_output(program, counts[-1], widths, self._vocabularies())
 

@@ -7,8 +7,10 @@ moved to where the kernel has them, so that a foreign ``nn.scan`` over ``params`
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -20,9 +22,9 @@ from jax.sharding import PartitionSpec
 from mor_jax.adapters import AdapterInputs, Kernel, Leaves, site_id
 from mor_jax.injection.arguments import check_leaves, check_params
 from mor_jax.injection.plan import AdaptedSite, AdapterPlan
+from mor_jax.injection.products import RESERVED
+from mor_jax.injection.targets import InjectionError
 from mor_jax.injection.trained import get_path
-
-RESERVED = "adapter"
 
 
 def set_path(tree: Mapping[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
@@ -46,6 +48,28 @@ def site_kernels(params: Mapping[str, Any], adapted: AdaptedSite) -> Kernel:
     """The site's stored kernel with its layer axes leading."""
     value = meta.unbox(get_path(params, adapted.kernel_path))
     return Kernel(_layer_axes_leading(value, adapted), adapted.in_axes, adapted.out_axes)
+
+
+@dataclass(frozen=True)
+class _UnseenKernel(Kernel):
+    """A stored kernel that is not the one its module multiplies by: it has a shape, and nobody may read its numbers."""
+
+    path: str = ""
+
+    def dense(self, dtype: Any = jnp.float32) -> Array:
+        """Raises InjectionError: a method that reads it would read another kernel."""
+        raise InjectionError(
+            f"{self.path}: the method reads the kernel's numbers, but the module sees its kernel through a function of "
+            "what is stored (nn.WeightNorm, nn.map_variables); exclude it from the targets, or choose lora"
+        )
+
+
+def _readable_kernels(params: Mapping[str, Any], adapted: AdaptedSite) -> Kernel:
+    """``site_kernels`` as a method may read them outside of the model."""
+    kernels = site_kernels(params, adapted)
+    if adapted.kernel_seen:
+        return kernels
+    return _UnseenKernel(kernels.value, kernels.in_axes, kernels.out_axes, adapted.site.path)
 
 
 def replace_site_kernels(params: Mapping[str, Any], adapted: AdaptedSite, stacked: Array) -> dict[str, Any]:
@@ -82,7 +106,7 @@ def init_leaves(key: Array, plan: AdapterPlan, params: Mapping[str, Any]) -> Lea
         root = jax.random.fold_in(key, site_id(adapted.site.path))
 
         def init(layer: Array, kernel: Array, adapted: AdaptedSite = adapted, root: Array = root) -> Leaves:
-            view = Kernel(kernel, adapted.in_axes, adapted.out_axes)
+            view = dataclasses.replace(_readable_kernels(params, adapted), value=kernel)
             return adapted.adapter.init(jax.random.fold_in(root, layer), adapted.site, layer, view)
 
         layers = jnp.arange(adapted.site.num_layers, dtype=jnp.int32).reshape(adapted.stack_sizes)
@@ -166,7 +190,7 @@ def prepare_leaves(plan: AdapterPlan, leaves: Leaves, params: Mapping[str, Any])
         path = adapted.site.path
         if path not in leaves.params:
             raise KeyError(f"no adapter leaves for {path}; were they made for other targets?")
-        own = adapted.adapter.prepare(site_leaves(leaves, path), site_kernels(params, adapted))
+        own = adapted.adapter.prepare(site_leaves(leaves, path), _readable_kernels(params, adapted))
         for tree, part in zip(trees, own, strict=True):
             if part:
                 tree[path] = part

@@ -35,6 +35,8 @@ class AdaptedSite:
         expert_axes: Which of the stack axes lie side by side in one layer instead of being layers.
         contraction: Of the module's call on the example inputs.
         bias_leaf: Name of the bias.
+        unmergeable: Why a change of the stored kernel is not the adapter's change of the output; "" where it is.
+        kernel_seen: Whether the module sees the kernel that is stored.
     """
 
     site: Site
@@ -53,6 +55,8 @@ class AdaptedSite:
     expert_axes: tuple[int, ...] = ()
     contraction: Contraction = Contraction()
     bias_leaf: str = "bias"
+    unmergeable: str = ""
+    kernel_seen: bool = True
 
     def kernel_of(self, value: Array) -> Kernel:
         """A view of the kernel of one of the site's maps."""

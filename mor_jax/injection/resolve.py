@@ -18,6 +18,7 @@ from mor_jax.injection.arguments import check_kinds, check_method, check_model, 
 from mor_jax.injection.depth import depth_of
 from mor_jax.injection.discovery import Discovery
 from mor_jax.injection.heads import named_as_head
+from mor_jax.injection.judgement import judge_sites
 from mor_jax.injection.linear import DEFAULT_KINDS, LinearKind
 from mor_jax.injection.plan import AdaptedSite, AdapterPlan
 from mor_jax.injection.stacking import without_marks
@@ -146,6 +147,20 @@ def _readers(path: str, chosen: Mapping[str, Adapter], found: Discovery) -> tupl
     return group if len(group) > 1 else ()
 
 
+def _judged(
+    sites: list[AdaptedSite],
+    model: nn.Module,
+    kinds: tuple[LinearKind, ...],
+    variables: Mapping[str, Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> list[AdaptedSite]:
+    """The sites with what is known of their modules: whether an adapter may be folded into the stored kernel."""
+    judged = judge_sites(model, kinds, sites, variables, args, kwargs)
+    found = ((s, judged[s.site.path]) for s in sites)
+    return [dataclasses.replace(s, unmergeable=own.reason, kernel_seen=own.kernel_seen) for s, own in found]
+
+
 def _candidates(found: Discovery) -> tuple[Candidates, set[str]]:
     """(what the model has to adapt, paths of what nobody expects to be adapted)."""
     linear = tuple(path for path, visit in found.visits.items() if visit.contraction is not None and path)
@@ -207,6 +222,9 @@ def resolve_sites(
 ) -> AdapterPlan:
     """The plan for ``model``, found by tracing ``model.init(key, *args, **kwargs)`` abstractly: nothing is computed.
 
+    But for linear modules of unknown arithmetic, each of which is called alone on a few rows of whole numbers: whether
+    it is x @ kernel + bias decides whether an adapter can be merged (``AdaptedSite.unmergeable``).
+
     What a method has to warn of at these sites (``Adapter.caution``) is logged, once a plan.
 
     Args:
@@ -223,7 +241,7 @@ def resolve_sites(
 
     Raises:
         InjectionError: if a pattern matches nothing or what is not one linear map, two overrides conflict, an argument
-            is of another type, or a method can't adapt a module's experts.
+            is of another type, a method can't adapt a module's experts, or an adapter would not reach its module.
     """
     check_model(model)
     check_method(adapter)
@@ -242,7 +260,7 @@ def resolve_sites(
     skipped = left_out(candidates, targets, chosen)
     skipped = {path: why for path, why in skipped.items() if path not in names}
     plan = AdapterPlan(
-        tuple(_name_groups(sites)),
+        tuple(_judged(_name_groups(sites), model, kinds, {**found.collections, "params": base}, args, kwargs)),
         names,
         fuse,
         kinds,

@@ -13,20 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 from flax import struct
 from flax.core import meta
 
 MARK = "layer_axes"
-_MOST_AXES = 6  # of a kernel: a mark has as many, so that it can be stacked along any of theirs
 _LAYERS, _EXPERTS = re.compile("layer|stage|block"), re.compile("expert|head|ensemble")
 
 
 class Mark(struct.PyTreeNode, meta.AxisMetadata):
-    """A value that remembers the axes added to it.
+    """A box around nothing that remembers the axes added to it: with no array in it no function of arrays finds it.
 
     Attributes:
-        value: Array of nothing.
+        value: None.
         transforms: The mapping transformations around it, outermost first: "scan" or "vmap".
         axes: Index and partition name of each axis that was added, innermost first.
     """
@@ -60,7 +58,7 @@ def leave_mark(module: nn.Module) -> None:
         return
     around = [name for part in scope.debug_path for name in reversed(re.findall(r"(\w+)\(", part))]
     transforms = tuple(name for name in around if name in ("scan", "vmap"))
-    scope.put_variable("params", MARK, Mark(jnp.zeros((1,) * _MOST_AXES, bool), transforms))
+    scope.put_variable("params", MARK, Mark(None, transforms))
 
 
 @dataclass(frozen=True)

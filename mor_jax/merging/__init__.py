@@ -3,6 +3,7 @@
 from mor_jax.merging.approximate import APPROXIMATIONS, MERGES, merge_routed, merge_words
 from mor_jax.merging.calibration import ModelCall, language_model_call, solve_ridge
 from mor_jax.merging.chain import earlier_shares
+from mor_jax.merging.check import MergeCheck, check_merge
 from mor_jax.merging.exact import lower_merge, merge
 from mor_jax.merging.factors import as_lora
 from mor_jax.merging.fidelity import (
@@ -28,8 +29,10 @@ __all__ = [
     "MERGES",
     "Calibration",
     "FidelityReport",
+    "MergeCheck",
     "ModelCall",
     "as_lora",
+    "check_merge",
     "check_unseen",
     "compare_logits",
     "earlier_shares",

@@ -17,7 +17,7 @@ from mor_jax.finite import NotFiniteError
 from mor_jax.injection import AdapterPlan
 from mor_jax.injection.arguments import check_leaves, check_params
 from mor_jax.merging.calibration import Batch, ModelCall, language_model_call
-from mor_jax.merging.exact import merge
+from mor_jax.merging.exact import merge, refuse_unfaithful
 from mor_jax.merging.fidelity import FidelityReport, check_unseen, measure_fidelity
 from mor_jax.merging.gates import mean_gates
 from mor_jax.merging.least_squares import least_squares, merge_changes, routed_paths
@@ -100,12 +100,14 @@ def merge_routed(
 
     Raises:
         ValueError: for an unknown ``gates`` or task, no data, or held-out rows among the calibration rows.
+        NotMergeable: as for ``merge``.
         NotFiniteError: No merge has a finite KL.
     """
     check_params(params, plan)
     check_leaves(leaves)
     others = others or {}
     names = _known_merges(gates, others)
+    refuse_unfaithful(params, plan)
     report = functools.partial(measure_fidelity, model, params, leaves, plan, call=call)
     if not routed_paths(plan):
         merged = rounding(merge(params, leaves, plan))

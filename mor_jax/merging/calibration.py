@@ -26,7 +26,7 @@ from jax.sharding import AxisType, PartitionSpec
 from mor_jax.adapters import Adapter, AdapterInputs, Kernel, Leaves, Site
 from mor_jax.adapters.precision import full_precision
 from mor_jax.injection import Adapted, AdaptedSite, AdapterPlan
-from mor_jax.injection.adapted import emit
+from mor_jax.injection.carriers import emit
 
 Batch = Mapping[str, Any]
 ModelCall = Callable[[Batch], tuple[tuple[Any, ...], dict[str, Any], AdapterInputs]]

@@ -40,6 +40,23 @@ def sharding_of(value: Any) -> Any:
     return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
 
 
+def refuse_unfaithful(params: Params, plan: AdapterPlan) -> None:
+    """Raises NotMergeable at the first site where a change of the stored kernel is not the adapter's change."""
+    for adapted in plan.sites:
+        _refuse(params, adapted)
+
+
+def _refuse(params: Params, adapted: AdaptedSite) -> None:
+    reason, dtype = adapted.unmergeable, meta.unbox(get_path(params, adapted.kernel_path)).dtype
+    if not jnp.issubdtype(dtype, jnp.floating):
+        reason = f"its kernel is stored as {dtype}, in which a change would be rounded away"
+    if reason:
+        raise NotMergeable(
+            f"{adapted.site.path}: {reason}, so no stored kernel holds the adapter; keep the adapter beside the base, "
+            "or exclude this module from the targets"
+        )
+
+
 def update_site(
     params: Params, adapted: AdaptedSite, change: Callable[..., Array], *arrays: Any, **common: Any
 ) -> dict[str, Any]:
@@ -55,7 +72,11 @@ def update_site(
 
     Returns:
         A copy of the dictionaries along the kernel's path; dtype, boxes and sharding of the kernel stay.
+
+    Raises:
+        NotMergeable: if the module is not known to multiply x by the stored kernel and nothing else.
     """
+    _refuse(params, adapted)
     old = get_path(params, adapted.kernel_path)
     program, branch = _site_update(params, adapted, change)
     merged = program(branch, arrays, common)
@@ -120,9 +141,11 @@ def merge_site(
         gates: As for ``merge``.
 
     Raises:
-        NotMergeable: if the method has no exact merge and ``gates`` has none for it, or it does not want to be merged.
+        NotMergeable: if the method has no exact merge and ``gates`` has none for it, or it does not want to be merged;
+            or as for ``update_site``.
     """
     path = adapted.site.path
+    _refuse(params, adapted)
     own = site_leaves(leaves, path)
     if not own.params:
         raise KeyError(f"no adapter leaves for {path}; were they made for other targets?")
@@ -154,13 +177,14 @@ def lower_merge(params: Params, leaves: Leaves, plan: AdapterPlan) -> Iterator[t
         (site, its program), in the order of the plan.
 
     Raises:
-        NotMergeable: at a site that does not want to be merged.
+        NotMergeable: at a site that does not want to be merged, or cannot be.
     """
     if any(sites[0].adapter.linked for sites in plan.chains.values()):
         leaves = jax.eval_shape(lambda own: link_leaves(plan, own), leaves)
     for adapted in plan.sites:
         own = site_leaves(leaves, adapted.site.path)
         common = site_leaves(leaves, adapted.shared) if adapted.shared else Leaves({})
+        _refuse(params, adapted)
         gates = () if adapted.adapter.merges_exactly else (jax.ShapeDtypeStruct(_gates_shape(adapted), jnp.float32),)
         program, branch = _site_update(params, adapted, _Fold(adapted.adapter))
         yield adapted, program.lower(branch, (own, *gates), {"common": common})
@@ -200,11 +224,13 @@ def merge(
             for chains of layers, {site: (layers..., 1)}, from ``earlier_shares``.
 
     Raises:
-        NotMergeable: if such a method has none; the message names the site and what to do instead.
+        NotMergeable: if such a method has none, or if a module does other things than multiply x by the kernel that is
+            stored; the message names the site and what to do instead. ``check_merge`` compares the result.
         InjectionError: if ``params`` or ``leaves`` is something else.
     """
     check_params(params, plan)
     check_leaves(leaves)
+    refuse_unfaithful(params, plan)
     merged, leaves = dict(params), link_leaves(plan, leaves)
     for adapted in plan.sites:
         merged = merge_site(merged, leaves, adapted, gates)

@@ -3,6 +3,8 @@
 The oracle is the reverse-mode gradient of one device, and its own are central differences.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from one_layer import oracle, small
 
 from mor_jax.adapters import METHODS, AdapterInputs
-from mor_jax.injection import Adapted, adapter_specs, init_leaves, resolve_sites
+from mor_jax.injection import Adapted, adapter_specs, init_leaves, init_probes, resolve_sites
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -55,21 +57,22 @@ class Case:
         keys = iter(jax.random.split(jax.random.key(2), 100))
         moved = jax.tree.map(lambda v: v + 0.2 * jax.random.normal(next(keys), v.shape), leaves.params)
         self.leaves = leaves._replace(params=moved)
+        self.inputs = AdapterInputs(noise_step=jnp.int32(3), rank=jnp.int32(2), wired=True)
 
-    def forward(self, adapters, x=None, params=None):
+    def forward(self, adapters, x=None, params=None, probes=None):
         variables = {
             "params": self.params if params is None else params,
             "adapters": adapters,
             "adapter_state": self.leaves.state,
             "adapter_constants": self.leaves.constants,
         }
-        inputs = AdapterInputs(noise_step=jnp.int32(3))
-        return Adapted(base=self.model, plan=self.plan).apply(
-            variables, self.x if x is None else x, adapter_inputs=inputs
-        )
+        if probes is not None:
+            variables["adapter_probes"] = probes
+        adapted = Adapted(base=self.model, plan=self.plan)
+        return adapted.apply(variables, self.x if x is None else x, adapter_inputs=self.inputs)
 
-    def loss(self, adapters, x=None, params=None):
-        return jnp.sum(jnp.sin(self.forward(adapters, x, params)))
+    def loss(self, adapters, x=None, params=None, probes=None):
+        return jnp.sum(jnp.sin(self.forward(adapters, x, params, probes)))
 
     def direction(self, seed=5):
         keys = iter(jax.random.split(jax.random.key(seed), 100))
@@ -114,6 +117,24 @@ def test_inside_shard_map_with_its_check(name, options):
     _close(both(case.leaves.params, case.x), (expected, expected))
 
 
+@each_case
+def test_statistics_inside_shard_map_are_those_of_all_devices(name, options):
+    case = Case(name, options)
+    probes = init_probes(case.plan)
+    if not probes:
+        return
+    case.inputs = dataclasses.replace(case.inputs, auxiliary_scale=jnp.float32(1))
+    statistics = jax.grad(lambda probes, x: case.loss(case.leaves.params, x, probes=probes))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    split, whole = PartitionSpec("data"), PartitionSpec()
+    found = jax.jit(jax.shard_map(statistics, mesh=mesh, in_specs=(whole, split), out_specs=whole))(probes, case.x)
+    expected = jax.jit(statistics)(probes, case.x)
+    for path, own in expected.items():
+        for kind, value in own.items():
+            if kind != "balance":  # of each device's own rows
+                np.testing.assert_allclose(found[path][kind], value, rtol=1e-5, atol=1e-5, err_msg=f"{path} {kind}")
+
+
 @pytest.mark.parametrize("leaves", ["whole", "split"])
 @each_method
 def test_axes_of_explicit_type(name, leaves):
@@ -135,11 +156,8 @@ def test_axes_of_explicit_type(name, leaves):
         params = _put(mesh, case.params, columns)
         adapters, x = _put(mesh, case.leaves.params, own), _put(mesh, case.x, PartitionSpec("data"))
         value, gradient = jax.jit(jax.value_and_grad(case.loss))(adapters, x, params)
-        jax.tree.map(
-            lambda g, v: g.sharding.is_equivalent_to(v.sharding, g.ndim) or pytest.fail("split otherwise"),
-            gradient,
-            adapters,
-        )
+        placed = jax.tree.map(lambda g, v: g.sharding.is_equivalent_to(v.sharding, g.ndim), gradient, adapters)
+        assert jax.tree.all(placed)
     _close((value, gradient), expected)
 
 
