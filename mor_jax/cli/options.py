@@ -35,9 +35,7 @@ class EvalOptions:
     """Options of `mor eval`."""
 
     model: str  # Hugging Face directory, or the run folder of `mor train`
-    data: tuple[
-        str, ...
-    ]  # records; for choice prompt, options, answer; for classification text or sentence1 and 2, label
+    data: tuple[str, ...]  # records, a figure for each task; choice: prompt, options, answer; classification: label
     task: Literal["perplexity", "choice", "classification", "generation"] = "perplexity"  # what is measured
     batch_size: int = 4  # rows at once, or as many more as the devices share evenly
     sequence_length: int = 512  # longest row in tokens
