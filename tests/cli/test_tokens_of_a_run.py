@@ -48,7 +48,7 @@ def train(dated, chats, run, *more):
         "--rank",
         "2",
     )
-    words = ("train", "--model", str(dated), "--data", str(chats), *sizes, "--rank", "2", "--targets", "up_proj")
+    words = ("train", "--model", str(dated), "--data", str(chats), *sizes, "--targets", "up_proj")
     return main([*words, "--output-dir", str(run), *more])
 
 
