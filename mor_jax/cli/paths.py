@@ -10,7 +10,7 @@ from typing import Any
 
 from mor_jax.cli.flags import UsageError
 
-READ = ("model", "run", "path", "config")  # arguments that name one file or folder
+READ = ("base", "model", "run", "path", "config")  # arguments that name one file or folder
 WRITTEN = ("output_dir", "compile_cache")
 _OF_A_PATH = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG),
@@ -59,9 +59,8 @@ def blamed(error: OSError, given: Mapping[str, Any]) -> UsageError | None:
             continue
         own = os.path.abspath(text)
         if any(_within(own, name) or _within(name, own) for name in refused):
-            return UsageError(
-                f"{text}: {error.strerror} ({error.filename}); give another --{argument.replace('_', '-')}"
-            )
+            flag = "model" if argument == "base" else argument.replace("_", "-")
+            return UsageError(f"{text}: {error.strerror} ({error.filename}); give another --{flag}")
     return None
 
 
