@@ -16,6 +16,8 @@ from mor_jax.injection.linear import Contraction, LinearKind, find_kind, first_a
 from mor_jax.injection.scopes import OwnModules
 from mor_jax.injection.stacking import Stack, leave_mark, read_stack, without_marks
 
+_MAKE_KERNELS = (nn.WeightNorm, nn.SpectralNorm)
+
 
 @dataclass(frozen=True)
 class Visit:
@@ -66,6 +68,7 @@ class Discovery:
         ndims: Axes of every parameter where its module reads it, by path.
         read: What every module was called with, arrays by identity.
         params: The shapes of the parameters, marks among them.
+        made_from: Classes of the open calls that make the kernels of the modules within from their parameters.
         heads: Paths of linear modules whose output is the model's.
     """
 
@@ -78,6 +81,7 @@ class Discovery:
     read: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     params: Mapping[str, Any] = field(default_factory=dict)
     heads: set[str] = field(default_factory=set)
+    made_from: list[str] = field(default_factory=list)
     own: OwnModules = field(default_factory=OwnModules)
 
     def intercept(self, next_fun, args, kwargs, context):
@@ -93,7 +97,10 @@ class Discovery:
                 return output
             arrays = tuple(value for value in jax.tree.leaves((args, kwargs)) if hasattr(value, "shape"))
             self.read.setdefault(path, arrays)
+            made = isinstance(module, _MAKE_KERNELS)
+            self.made_from += [type(module).__name__] * made
             output = next_fun(*args, **kwargs)
+            del self.made_from[len(self.made_from) - made :]
             self._note_axes(path, module)
             return self._record(path, module, args, kwargs, output)
 
@@ -108,6 +115,11 @@ class Discovery:
         if getattr(x, "ndim", 0):
             self.widths.setdefault(path, x.shape[-1])
         kind = find_kind(module, self.kinds)
+        if self.made_from:
+            if kind is not None:
+                error = f"{self.made_from[-1]} makes its kernel from its parameters, and would change its adapter too"
+                self.visits[path] = Visit(kind, (), None, error, x)
+            return output
         if "params" in module.variables or any(re.fullmatch(block, path) for block in self.blocks):
             leave_mark(module)
         if kind is None or not hasattr(x, "shape"):

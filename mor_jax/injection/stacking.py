@@ -7,14 +7,15 @@ the other; what a vmap adds lies side by side (experts), unless its ``nn.PARTITI
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from flax import struct
 from flax.core import meta
 
 MARK = "layer_axes"
@@ -22,7 +23,8 @@ _MOST_AXES = 6  # of a kernel: a mark has as many, so that it can be stacked alo
 _LAYERS, _EXPERTS = re.compile("layer|stage|block"), re.compile("expert|head|ensemble")
 
 
-class Mark(struct.PyTreeNode, meta.AxisMetadata):
+@dataclass(frozen=True)
+class Mark(meta.AxisMetadata):
     """A value that remembers the axes added to it.
 
     Attributes:
@@ -32,8 +34,8 @@ class Mark(struct.PyTreeNode, meta.AxisMetadata):
     """
 
     value: Any
-    transforms: tuple[str, ...] = struct.field(pytree_node=False, default=())
-    axes: tuple[tuple[int, str], ...] = struct.field(pytree_node=False, default=())
+    transforms: tuple[str, ...] = ()
+    axes: tuple[tuple[int, str], ...] = ()
 
     def unbox(self) -> Any:
         """The array."""
@@ -41,16 +43,26 @@ class Mark(struct.PyTreeNode, meta.AxisMetadata):
 
     def replace_boxed(self, val: Any) -> Mark:
         """The same mark around another array."""
-        return self.replace(value=val)
+        return dataclasses.replace(self, value=val)
 
     def add_axis(self, index: int, params: Mapping[Any, Any]) -> Mark:
-        """With one more axis."""
+        """With one more axis, where the array has it: ``nn.add_metadata_axis`` tells of one that is not there."""
+        if self.value.ndim <= _MOST_AXES + len(self.axes):
+            return self
         name = str((params or {}).get(nn.PARTITION_NAME) or "")
-        return self.replace(axes=(*self.axes, (index, name)))
+        return dataclasses.replace(self, axes=(*self.axes, (index, name)))
 
     def remove_axis(self, index: int, params: Mapping[Any, Any]) -> Mark:
-        """With the last axis forgotten, as where the transformation runs again."""
-        return self.replace(axes=self.axes[:-1])
+        """As it is: what runs inside reads no marks, and ``add_axis`` follows, which knows the axis already."""
+        return self
+
+
+# Models that walk over their parameters by name expect dictionaries, so a mark's path is one of a dictionary.
+jax.tree_util.register_pytree_with_keys(
+    Mark,
+    lambda mark: (((jax.tree_util.DictKey("value"), mark.value),), (mark.transforms, mark.axes)),
+    lambda fields, values: Mark(next(iter(values)), *fields),
+)
 
 
 def leave_mark(module: nn.Module) -> None:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from linen_models import WIDTH, Scaled, example
-from odd_models import CASES, OUT, JittedOutside, NoMap, OtherCollection
+from odd_models import CASES, OUT, JittedOutside, Layers, NoMap, OtherCollection
 
 from mor_jax.adapters import LoRA
 from mor_jax.injection import (
@@ -199,6 +199,12 @@ def test_a_call_unlike_the_plans_example_is_an_error():
     assert Adapted(model, plan).apply(own, x[0], "sd,df->sf").shape == (5, WIDTH)
     with pytest.raises(InjectionError, match=r"proj is called with in_axes \(-1,\) and was planned with \(-2,\)"):
         Adapted(model, plan).apply(own, x, "bsf,df->bsd")
+
+
+@pytest.mark.parametrize("target", ["weight_normed", "spectral_normed"])
+def test_a_kernel_that_is_made_from_parameters_is_no_target(target):
+    with pytest.raises(InjectionError, match=rf"{target}, .*Norm makes its kernel from its parameters"):
+        resolve_sites(Layers(), LORA, target, example())
 
 
 def test_a_model_that_is_itself_a_linear_module():
