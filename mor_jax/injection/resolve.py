@@ -75,6 +75,8 @@ def _lifted_axes(path: str, found: Discovery, stored: tuple[int, ...]) -> tuple[
         InjectionError: nothing explains an axis of the kernel, or what it is.
     """
     shape = found.visits[path].shape
+    if stored == shape:  # nn.add_metadata_axis tells of an axis that is not there
+        return [], []
     placed = found.stack(path).placed(len(shape))
     positions = [place for place, _ in placed]
     if tuple(size for i, size in enumerate(stored) if i not in positions) != shape:

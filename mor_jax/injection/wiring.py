@@ -78,6 +78,7 @@ def _has_penalty(adapted: AdaptedSite, own: Leaves) -> bool:
     return jax.eval_shape(over_layers(adapted.adapter.penalty, adapted), own) is not None
 
 
+@functools.lru_cache(maxsize=1024)
 def _has_balance_loss(method: Adapter) -> bool:
     gates = jax.ShapeDtypeStruct((1, method.num_gates), "float32")
     return bool(method.num_gates) and jax.eval_shape(lambda gates: method.balance(gates, None), gates) is not None

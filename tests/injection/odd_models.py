@@ -166,6 +166,18 @@ class Everything(nn.Module):
         return nn.cond(h.sum() > 0, lambda m, x: m.proj(x), lambda m, x: 2 * m.proj(x), self, h)
 
 
+class Layers(nn.Module):
+    """What flax itself does with parameters: a recurrent scan, scans in scans, axes that are names only, norms."""
+
+    @nn.compact
+    def __call__(self, h):
+        h = nn.RNN(nn.SimpleCell(WIDTH), name="recurrent")(h) + nn.Dense(WIDTH, name="proj")(h)
+        h = nn.add_metadata_axis(nn.Dense, variable_axes={"params": 0})(WIDTH, name="named")(h)
+        h = nn.remat_scan(nn.Dense, lengths=(2, 2))(WIDTH, name="deep")(jnp.tanh(h))
+        h = nn.WeightNorm(nn.Dense(WIDTH, name="weight_normed"))(h)
+        return nn.SpectralNorm(nn.Dense(WIDTH, name="spectral_normed"))(h, update_stats=False)
+
+
 CASES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "tied head": (TiedHead(), ("proj",)),
     "tied names": (TiedNames(), ("proj",)),
@@ -178,5 +190,6 @@ CASES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "shared scope": (SharedScope(), ("proj",)),
     "jitted layers": (Jitted(), tuple(f"layers_{i}/{n}" for i in range(LAYERS) for n in ("query", "key", "out"))),
     "jitted": (JittedOutside(), ("proj", "other")),
+    "flax": (Layers(), ("SimpleCell_0/i", "SimpleCell_0/h", "proj", "named", "deep")),
     "everything": (Everything(), ("steps/layers_0", "steps/layers_2", "proj")),
 }
