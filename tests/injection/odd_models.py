@@ -167,15 +167,13 @@ class Everything(nn.Module):
 
 
 class Layers(nn.Module):
-    """What flax itself does with parameters: a recurrent scan, scans in scans, axes that are names only, norms."""
+    """What flax itself does with parameters: a recurrent scan, scans in scans, axes that are names only."""
 
     @nn.compact
     def __call__(self, h):
         h = nn.RNN(nn.SimpleCell(WIDTH), name="recurrent")(h) + nn.Dense(WIDTH, name="proj")(h)
         h = nn.add_metadata_axis(nn.Dense, variable_axes={"params": 0})(WIDTH, name="named")(h)
-        h = nn.remat_scan(nn.Dense, lengths=(2, 2))(WIDTH, name="deep")(jnp.tanh(h))
-        h = nn.WeightNorm(nn.Dense(WIDTH, name="weight_normed"))(h)
-        return nn.SpectralNorm(nn.Dense(WIDTH, name="spectral_normed"))(h, update_stats=False)
+        return nn.remat_scan(nn.Dense, lengths=(2, 2))(WIDTH, name="deep")(jnp.tanh(h))
 
 
 CASES: dict[str, tuple[Any, tuple[str, ...]]] = {
