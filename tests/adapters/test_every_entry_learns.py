@@ -77,11 +77,14 @@ def _reached(adapted, shape):
     trained, constants = (_random(tree, generator, 0.5) for tree in (leaves.params, leaves.constants))
     state = jax.jit(lambda params: init_leaves(key, adapted.plan, params).state)(params) if leaves.state else {}
 
+    drawn = max(site.adapter.largest_drawn_rank for site in adapted.plan.sites)  # all ranks, where a step draws one
+    inputs = AdapterInputs(rank=np.int32(drawn) if drawn else None)
+
     @jax.jit
     def gradient(trained):
         def loss(trained):
             variables = {"params": params, "adapters": trained, "adapter_state": state, "adapter_constants": constants}
-            return jnp.mean(jnp.square(adapted.apply(variables, x, adapter_inputs=AdapterInputs()) - target))
+            return jnp.mean(jnp.square(adapted.apply(variables, x, adapter_inputs=inputs) - target))
 
         return jax.grad(loss)(trained)
 
