@@ -9,12 +9,11 @@ import yaml
 
 class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-        names = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        for place, name in enumerate(names):
-            if name in names[:place]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{name!r} is there twice", node.value[place][0].start_mark
-                )
+        keys = [key for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        names = [self.construct_object(key, deep=True) for key in keys if key.tag != "tag:yaml.org,2002:merge"]
+        twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is there twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
