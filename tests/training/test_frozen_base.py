@@ -21,7 +21,8 @@ CONFIG = DecoderConfig(
     vocab_size=37, hidden_size=24, intermediate_size=40, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=14
 )
 KERNELS = {(24, 28), (14, 24), (24, 40), (24, 37)}  # q and o, k and v, the three of the MLP, the head
-BATCH = tiny.random_batch(4, 6)
+LENGTH = 5  # of a row: the 20 tokens of a batch of 4 are no width either
+BATCH = tiny.random_batch(4, LENGTH)
 
 
 RESULT = re.compile(r"stablehlo\.dot_general .*-> tensor<(?:\d+x)*?(\d+)x(\d+)x[a-z]\w*>")
@@ -44,7 +45,7 @@ def _lowered_step(config, method, targets="all-linear", layout="data=1", accumul
     state, constants, shardings = abstract_state(adapted, params, optimizer, mesh, param_specs(params, mesh), rules)
     options = {"shardings": shardings, "rules": rules, "accumulate": accumulate, "constants": constants}
     step = make_step(adapted, optimizer, loss=tiny.decoder_loss(adapted, config), **options)
-    return step, (state, params, constants, tiny.random_batch(4 * accumulate * mesh.size, 6))
+    return step, (state, params, constants, tiny.random_batch(4 * accumulate * mesh.size, LENGTH))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -85,6 +86,6 @@ def test_nothing_runs_back_below_the_first_adapted_layer():
 
     tokens, width = BATCH["input_ids"].size, CONFIG.num_heads * CONFIG.head_dim
     kernels = 2 * 24 * 28 + 2 * 24 * 14 + 3 * 24 * 40
-    forward = 2 * tokens * (kernels + 2 * 6 * width)  # scores and their sum of values, of rows of 6
+    forward = 2 * tokens * (kernels + 2 * LENGTH * width)  # scores and their sum of values
     assert flops(3, "2") - flops(2, "1") == forward
     assert flops(3, "012") - flops(2, "01") > 1.8 * forward
