@@ -156,6 +156,20 @@ def test_a_copied_rank_gets_the_moments_that_its_donor_had_half_an_interval_ago(
     jax.tree.map(np.testing.assert_array_equal, result.state, remembered.state)
 
 
+def test_a_move_resets_the_moments_of_every_gamma():
+    """Of ranks and sites without a pair too, as in the released code; remembering resets none."""
+    event = ExpandStrong(interval=6, total_steps=60, rank=6, temperature=0.5, first_share=0.995, end=40.0)
+    leaves = _leaves(3)
+    state = event.init({"proj": leaves})
+    result = _apply(leaves, state, 6, event=event)
+    moment = jnp.ones((4, 6))
+    alone = np.asarray(result.leaves["proj"].params["gamma"] == leaves.params["gamma"])
+    assert 0 < result.report["moved"]
+    assert alone.any()
+    assert not result.moments("proj", "gamma", 0, moment).any()
+    assert (_apply(leaves, state, 3, event=event).moments("proj", "gamma", 0, moment) == 1).all()
+
+
 def test_a_single_rank_is_refused():
     with pytest.raises(ValueError, match=r"BeamLoRA.rank must be at least 2, got 1: .* choose method lora"):
         make_adapter("beamlora", rank=1)
