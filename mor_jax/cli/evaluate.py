@@ -208,7 +208,7 @@ def _choice(
     model: LiveModel, tokenization: Tokenization, sources: Sources, options: EvalOptions
 ) -> tuple[dict[str, float], Sequence[str]]:
     def check(question: ChoiceQuestion, where: str) -> None:
-        asked = [*question.prompt, *itertools.chain(*question.prompts, *question.options)]
+        asked = [*question.prompt, *itertools.chain(*question.options)]
         check_tokens(asked, model.config.vocab_size, where, tokenization.tokenizer)
 
     questions, places = _questions(choice_question, tokenization, sources, options.limit, check)

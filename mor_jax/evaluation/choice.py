@@ -26,9 +26,6 @@ class ChoiceQuestion:
     options: tuple[tuple[int, ...], ...]  # at least one token each
     answer: int  # index into options
     task: str = "default"  # figures are reported by task too
-    prompts: tuple[
-        tuple[int, ...], ...
-    ] = ()  # of each option, where a token straddles its border; else `prompt` serves
     option_bytes: tuple[int, ...] = ()  # UTF-8 bytes of each option's text; empty where they are not known
 
     def __post_init__(self):
@@ -141,7 +138,7 @@ def _likelihoods(
         logits = logits_fn(batch)
         if not sums:  # now the size of the vocabulary is known
             for number, question in enumerate(questions, 1):
-                asked = [*question.prompt, *sum(question.prompts, ()), *sum(question.options, ())]
+                asked = [*question.prompt, *sum(question.options, ())]
                 check_tokens(asked, logits.shape[-1], f"question {number}")
         likelihood, count = target_log_likelihood(
             logits, jnp.asarray(batch["targets"]), jnp.asarray(batch["loss_mask"]), per_row=True
