@@ -12,7 +12,6 @@ from mor_jax.cli.options import path_texts
 from mor_jax.data import (
     DataError,
     Examples,
-    Tokenization,
     build_row,
     load_examples,
     load_labelled,
@@ -67,7 +66,6 @@ def live_examples(live: LiveModel, tokenizer: Any, texts: Sequence[str]) -> tupl
     if isinstance(live.config, EncoderConfig):
         length = min(length, live.config.max_length)
         labels = live.config.labels
-        tokenizer = tokenizer.tokenizer if isinstance(tokenizer, Tokenization) else tokenizer
         return load_labelled(sources, tokenizer, length, labels=labels, tasks=tasks, vocab_size=size)[0], length
     return load_examples(sources, tokenizer, length, tasks=tasks, vocab_size=size), length
 

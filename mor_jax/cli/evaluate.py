@@ -121,7 +121,7 @@ def _classification(
         raise UsageError(f"{options.model} has no classification head; give a classifier, or a run that trained one")
     length = min(options.sequence_length, config.max_length)
     vocabulary = config.vocab_size
-    examples, _ = load_labelled(sources, tokenization.tokenizer, length, labels=config.labels, vocab_size=vocabulary)
+    examples, _ = load_labelled(sources, tokenization, length, labels=config.labels, vocab_size=vocabulary)
     members = _measured(examples, options.limit)
     with _named(functools.partial(_place_of_row, examples, members, options.batch_size)):
         batches = _task_batches(model, examples, members, options)

@@ -248,7 +248,11 @@ def check_gates(options: MergeOptions | ExportOptions, tasks: tuple[str, ...]) -
 
 def write_merged(merged: dict, live: LiveModel, output: Path, report: FidelityReport, dtype: str | None = None) -> None:
     """Writes the merged model as `export_hf` does, with the base's files and what ends generation in the run."""
-    stop = () if isinstance(live.config, EncoderConfig) else live.tokenization().stop
+    recorded = None if live.train is None else live.train.stop_tokens
+    if isinstance(live.config, EncoderConfig):
+        stop = ()
+    else:
+        stop = live.tokenization().stop if recorded is None else recorded
     export_hf(merged, live.config, output, source_dir=live.directory, report=report, dtype=dtype, stop_tokens=stop)
 
 

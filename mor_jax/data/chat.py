@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mor_jax.data.sources import DataError
-from mor_jax.data.tokenization import Piece, Tokenization, as_tokenization, check_unicode, turn_end
+from mor_jax.data.tokenization import Piece, Tokenization, as_tokenization, check_unicode
 
 OPTIONS = ("tools", "documents")  # lists beside the messages that a template may show
 LEARNED_FIELDS = {"weight": 1, "train": True, "training": True, "loss": True, "masked": False}  # and what says: learn
@@ -186,7 +186,7 @@ def _turn_end(
     found = text.find(content, start)
     if found < 0:
         raise DataError(f"{where}: the chat template does not show message {index + 1} as written; split the record")
-    token, end = turn_end(tokenization), found + len(content)
+    token, end = tokenization.turn_end, found + len(content)
     closing = last if token is None else tokenization.tokenizer.convert_ids_to_tokens(token)
     if token is not None and closing in text[end:]:
         return text.index(closing, end) + len(closing)

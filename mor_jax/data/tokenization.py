@@ -44,6 +44,7 @@ class Tokenization:
       end: Tokens after a text or an answer that no template closes; at most one but for tokenizers that add more.
       stop: Tokens that end generation, ascending.
       chat_date: The day that chat templates print, "2026-01-31"; empty is today.
+      turn_end: The special token by which the chat template closes what the assistant says; None without one.
     """
 
     tokenizer: Any
@@ -51,6 +52,7 @@ class Tokenization:
     end: tuple[int, ...] = ()
     stop: tuple[int, ...] = ()
     chat_date: str = ""
+    turn_end: int | None = None
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text and nothing around them."""
@@ -66,7 +68,10 @@ class Tokenization:
 
     def encode_pair(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
         """(prompt, the completion behind it, closed) in tokens, by the module's rule of the border."""
-        return self.encode_prompt(prompt), self._closed(self.encode_behind(prompt, completion))
+        own, whole = self.encode(prompt), self.encode(prompt + completion)
+        kept = whole[: len(own)] == own  # no token straddles the border
+        behind = whole[len(own) :] if kept else self.encode_behind(prompt, completion)
+        return self._opened(own), self._closed(behind)
 
     def encode_behind(self, before: str, text: str) -> list[int]:
         """The tokens of `text` where it follows `before`, by the module's rule of the border."""
@@ -198,13 +203,13 @@ def decide_tokens(
         tokenizer, before if start is None else tuple(start), after if end is None else tuple(end), (), chat_date
     )
     _check_template(found, where)
-    closing = turn_end(found)
+    closing = _turn_end(found)
     decided = {*known, *found.end, *(() if closing is None else (closing,))}
-    return dataclasses.replace(found, stop=tuple(sorted(decided if stop is None else set(stop))))
+    stops = tuple(sorted(decided if stop is None else set(stop)))
+    return dataclasses.replace(found, stop=stops, turn_end=closing)
 
 
-def turn_end(tokenization: Tokenization) -> int | None:
-    """The special token by which the chat template closes what the assistant says; None without one."""
+def _turn_end(tokenization: Tokenization) -> int | None:
     rest = _after_probe(tokenization)
     if not rest:
         return None

@@ -295,19 +295,18 @@ def _data(
     config: TrainConfig, shape: ModelConfig, mesh: jax.sharding.Mesh, tokenization: Tokenization
 ) -> tuple[Batches, Held, tuple[str, ...], tuple[str, ...]]:
     """(training batches, held-out passes or None, tasks, classes or none)."""
-    tokenizer = tokenization.tokenizer
     labels: tuple[str, ...] = ()
     sources = parse_sources(config.data)
     if isinstance(shape, EncoderConfig):
         length = min(config.sequence_length, shape.max_length)
         known = config.labels or shape.labels
         examples, labels = load_labelled(
-            sources, tokenizer, length, config.overlong, labels=known, vocab_size=shape.vocab_size
+            sources, tokenization, length, config.overlong, labels=known, vocab_size=shape.vocab_size
         )
 
         def load(sources, tasks):
             own: dict[str, Any] = {"labels": labels, "tasks": tasks, "vocab_size": shape.vocab_size}
-            return load_labelled(sources, tokenizer, length, config.overlong, **own)[0]
+            return load_labelled(sources, tokenization, length, config.overlong, **own)[0]
 
     else:
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import tiny_bert
 import tiny_llama as tiny
+from commands import run_bad, run_json
 from safetensors.numpy import load_file, save_file
-
-from mor_jax.cli.main import main
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -24,20 +23,6 @@ KINDS = {  # which dtype a tensor of the base has
     "mixed": lambda name: F32 if "norm" in name else BF16,
     "by layer": lambda name: F16 if "layers.1." in name else F32 if name.startswith("lm_head") else BF16,
 }
-
-
-def run_json(capsys, *words, code=0):
-    found = main([*map(str, words), "--json"])
-    captured = capsys.readouterr()
-    assert found == code, captured.err
-    return json.loads(captured.out)
-
-
-def run_bad(capsys, *words):
-    assert main([*map(str, words), "--json"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    return error
 
 
 def make_base(source, folder, kind, key="torch_dtype"):

@@ -9,29 +9,13 @@ import numpy as np
 import pytest
 import tiny_llama as tiny
 import yaml
+from commands import run_bad, run_json
 from safetensors.numpy import load_file, save_file
-
-from mor_jax.cli.main import main
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TRAINING = ("--method", "lora", "--rank", "2", "--targets", "up_proj", "--batch-size", "2", "--sequence-length", "32")
 ASKED = ("--prompt", "add 3:", "--greedy", "--max-new-tokens", "4")
-
-
-def run_json(capsys, *words, code=0):
-    found = main([*map(str, words), "--json"])
-    captured = capsys.readouterr()
-    assert found == code, captured.err
-    return json.loads(captured.out)
-
-
-def run_bad(capsys, *words):
-    assert main([*map(str, words), "--json"]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    return captured.err
 
 
 def every_command(run, out):
